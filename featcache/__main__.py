@@ -1,0 +1,16 @@
+"""The program: ``featcache`` and ``python -m featcache``."""
+
+from __future__ import annotations
+
+import sys
+
+from featcache.cli import run
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A saved classifier: backbone reference or weights + head + classes + preprocessing. safetensors and JSON, no pickle.
+
+A head's bundle holds the linear layer and names its backbone with the SHA-256 of its tensors; a fine-tuned one holds
+the whole network. Both load into a `Classifier`, which turns image files into probabilities.
+
+::
+
+    model.json          classes, preprocessing, backbone, SHA-256 of the other file
+    model.safetensors   head: weight (C, D), bias (C,)      fine-tuned: the network's state dict
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from featcache.backbones import attach_classifier, load_backbone
+from featcache.errors import BadImage, RunError
+from featcache.files import hash_bytes, pretty_json
+from featcache.heads import LinearHead
+from featcache.images import ImageRows, Preprocessing, make_evaluation_transform, make_loader
+from featcache.metrics import to_probabilities
+from featcache.progress import SILENT, Progress
+from featcache.runtime import choose_batch_size, run_network
+
+MODEL_JSON = "model.json"
+MODEL_TENSORS = "model.safetensors"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A whole network with the names of its classes: image files in, probabilities out."""
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def predict_files(
+        self,
+        paths: Sequence[str],
+        *,
+        root: Path = Path(),
+        device: torch.device,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        progress: Progress = SILENT,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[BadImage]]]:
+        """Predict image files, batch by batch.
+
+        Yields
+        ------
+        rows
+            (B,) int64, which of the paths these are.
+        probabilities
+            (B, C) float64.
+        bad
+            Files that could not be used.
+        """
+        rows = ImageRows(root, paths, transform=make_evaluation_transform(self.preprocessing))
+        loader = make_loader(rows, batch_size=batch_size or choose_batch_size(device), workers=workers)
+        batches = progress.track(loader, total=len(paths), what="predicting")
+        for which, logits, bad in run_network(self.network, batches, device):
+            yield which, to_probabilities(logits) if len(which) else np.empty((0, len(self.classes))), bad
+
+
+def save_head(folder: Path, head: LinearHead, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
+    """Save a linear head with the reference to its backbone, from a cache's description of its extractor."""
+    tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
+    _save(folder, "head", tensors, classes, extractor)
+
+
+def save_network(folder: Path, network: nn.Module, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
+    """Save a whole fine-tuned network with the description of the backbone that it began as."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    _save(folder, "network", tensors, classes, extractor)
+
+
+def load_classifier(folder: Path | str) -> Classifier:
+    """Load the classifier of a run.
+
+    Raises
+    ------
+    RunError
+        If there is none, it is damaged, or its backbone's weights are no longer the same.
+    BackboneError
+        If the backbone cannot be made again.
+    """
+    folder = Path(folder)
+    description, tensors = _read(folder)
+    extractor = description["extractor"]
+    weights = extractor["weights"]
+    is_head = description["holds"] == "head"
+    requested = weights["requested"] if is_head else "none"
+    backbone = load_backbone(extractor["backbone"], weights=requested, seed=weights.get("seed") or 0)
+    if is_head and backbone.weights["tensors_sha256"] != weights["tensors_sha256"]:
+        raise RunError(
+            f"{folder} was trained on features of {extractor['backbone']} with the weights {weights['name']} "
+            f"({weights['tensors_sha256'][:8]}...), but {weights['requested']} now gives "
+            f"{backbone.weights['tensors_sha256'][:8]}...; bring back the file, or train the head again"
+        )
+    network = attach_classifier(backbone, backbone.make_classifier(len(description["classes"])))
+    target = network.get_submodule(backbone.classifier) if is_head else network
+    try:
+        target.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"{folder / MODEL_TENSORS} does not fit {extractor['backbone']}: {error}") from error
+    return Classifier(
+        network=network.eval().requires_grad_(False),
+        classes=tuple(description["classes"]),
+        preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
+    )
+
+
+def _save(
+    folder: Path,
+    holds: str,
+    tensors: dict[str, torch.Tensor],
+    classes: Sequence[str],
+    extractor: Mapping[str, Any],
+) -> None:
+    data = save(tensors)
+    description = {
+        "schema": SCHEMA,
+        "holds": holds,
+        "classes": list(classes),
+        "extractor": dict(extractor),
+        "tensors_file_sha256": hash_bytes(data),
+    }
+    (folder / MODEL_TENSORS).write_bytes(data)
+    (folder / MODEL_JSON).write_text(pretty_json(description), encoding="utf-8")
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        description = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
+        data = (folder / MODEL_TENSORS).read_bytes()
+        if description["schema"] != SCHEMA or description["holds"] not in ("head", "network"):
+            raise RunError(f"{folder / MODEL_JSON} is of another featcache; train it again")
+        if hash_bytes(data) != description["tensors_file_sha256"]:
+            raise RunError(
+                f"{folder / MODEL_TENSORS} is damaged: its SHA-256 is not the one in {MODEL_JSON}; train it again"
+            )
+        return description, load(data)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{folder} holds no classifier: expected {error.filename}; `featcache train-head` or `featcache finetune` "
+            f"makes one"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"the classifier in {folder} cannot be read ({error}); train it again") from error

@@ -1,0 +1,115 @@
+"""The command line: options -> ONE stage call -> stdout, stderr, exit code. The only room that prints and exits.
+
+One module per command, loaded when it is called; the stage it calls is imported inside it, so that help needs no torch.
+
+==========  =====================================================================
+exit code   meaning
+==========  =====================================================================
+0           done
+1           error: one line on stderr says what, where, and what cures it
+2           usage: an option or argument that cannot be understood
+3           done, with images left out; they are named on stderr
+130         interrupted with Ctrl-C
+==========  =====================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from featcache.errors import FeatcacheError, SettingsError
+
+COMMANDS = {
+    "extract": "extract",
+    "train-head": "train_head",
+    "finetune": "finetune",
+    "compare": "compare",
+    "show": "show",
+    "predict": "predict",
+    "sample": "sample",
+    "download": "download",
+}
+
+DONE, ERROR, USAGE, LEFT_OUT, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class LazyGroup(click.Group):
+    """Commands in the order above, each loaded from its module when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"featcache.cli.{COMMANDS[cmd_name]}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the arguments name; where there is none, the nearest name is suggested."""
+        import difflib
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"No such command {args[0]!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "auto_envvar_prefix": "FEATCACHE",
+    },
+    epilog="Every option can also be set in the environment: --batch-size as FEATCACHE_BATCH_SIZE, or for one command "
+    "as FEATCACHE_EXTRACT_BATCH_SIZE. Exit codes: 0 done, 1 error, 2 usage, 3 done with images left out, 130 "
+    "interrupted.",
+)
+@click.version_option(package_name="featcache")
+def featcache() -> None:
+    """Frozen features in a cache, a linear head in milliseconds, and an honest comparison with fine-tuning.
+
+    DATA is a folder DATA/train/CLASS/ and DATA/val/CLASS/, or just DATA/CLASS/, full of images.
+
+    \b
+    Example:
+      featcache sample digits digits
+      featcache extract digits
+      featcache train-head features.h5
+      featcache compare digits --epochs 3
+    """
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. The one place where errors become lines."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = featcache.main(args=arguments, prog_name="featcache", standalone_mode=False)
+        code = result if isinstance(result, int) else DONE
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except FeatcacheError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        code = USAGE if isinstance(error, SettingsError) else ERROR
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:  # `featcache predict ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ERROR
+    return code

@@ -1,0 +1,126 @@
+"""What the commands share: option groups, the terminal's progress, JSON output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+from featcache.config import DEVICES, ExtractConfig
+from featcache.errors import BadImage
+from featcache.progress import Progress
+
+T = TypeVar("T")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Option(click.Option):
+    """An option that also reads FEATCACHE_<NAME>, after click's own FEATCACHE_<COMMAND>_<NAME>."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value from the environment, the command's own variable first."""
+        value = super().resolve_envvar_value(ctx)
+        if value is None and self.name:
+            value = os.environ.get(f"FEATCACHE_{self.name.upper()}") or None
+        return value
+
+
+def option(*names: str, **attributes: Any) -> Decorator:
+    """`click.option` for the class above, with its default shown."""
+    attributes.setdefault("show_default", attributes.get("default") is not None)
+    return click.option(*names, cls=Option, **attributes)
+
+
+def combine(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, listed in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def complete_backbone(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of backbones for the shell."""
+    from featcache.backbones import list_backbones
+
+    return [name for name in list_backbones() if name.startswith(incomplete)]
+
+
+def backbone_options(
+    backbone: str | None = ExtractConfig.backbone, weights: str | None = ExtractConfig.weights
+) -> Decorator:
+    """`--backbone` and `--weights`."""
+    return combine(
+        option("--backbone", default=backbone, metavar="NAME", shell_complete=complete_backbone,
+               help="Pretrained network: resnet18, efficientnet_lite0."),
+        option("--weights", default=weights, metavar="WHICH",
+               help="default (ImageNet), none (random), or a state dict's PATH (.pth, .safetensors)."),
+    )  # fmt: skip
+
+
+def split_options(
+    fraction: float | None = ExtractConfig.val_fraction, seed: int | None = ExtractConfig.seed
+) -> Decorator:
+    """`--val-fraction` and `--seed`."""
+    return combine(
+        option("--val-fraction", type=float, default=fraction, metavar="SHARE",
+               help="Share that validates, where DATA has no val folder."),
+        option("--seed", type=click.IntRange(min=0), default=seed, help="Seed of everything random."),
+    )  # fmt: skip
+
+
+machine_options = combine(
+    option("--workers", type=click.IntRange(min=0), default=None, metavar="N",
+           help="Processes that decode images.  [default: from the cores]"),
+    option("--device", default=ExtractConfig.device, metavar="DEVICE", help=f"Where to run: {DEVICES}."),
+)  # fmt: skip
+
+skip_bad_option = option(
+    "--skip-bad", is_flag=True, help="Leave out files that cannot be used as images (exit code 3)."
+)
+force_option = option("--force", is_flag=True, help="Replace what was made there with other settings.")
+json_option = option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout (see docs/json.md).")
+
+
+def output_option(default: str | None, what: str) -> Decorator:
+    """`-o/--output`."""
+    return option("-o", "--output", default=default, type=click.Path(), metavar="PATH", help=what)
+
+
+class TerminalProgress(Progress):
+    """Lines and bars on stderr; no bars where it is not a terminal, none for what takes less than two seconds."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+
+    def say(self, line: str) -> None:
+        """Print a line above whatever bar is running."""
+        tqdm.write(line, file=sys.stderr)
+
+    def track(self, items: Iterable[T], *, total: int, what: str, unit: str = "img") -> Iterator[T]:
+        """Pass `items` through a bar with rate and remaining time."""
+        with tqdm(
+            total=total, desc=what, unit=unit, disable=not self.live, delay=2, leave=False, dynamic_ncols=True
+        ) as bar:
+            for item in items:
+                yield item
+                bar.update(len(item) if isinstance(item, Sized) and not isinstance(item, str | tuple) else 1)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def list_left_out(bad: Sequence[BadImage]) -> None:
+    """Name the files that were left out, on stderr."""
+    for path, reason in bad:
+        click.echo(f"left out: {path}: {reason}", err=True)

@@ -1,0 +1,70 @@
+"""`featcache predict`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import click
+
+from featcache.cli import DONE, LEFT_OUT
+from featcache.cli.common import (
+    TerminalProgress,
+    json_option,
+    list_left_out,
+    machine_options,
+    option,
+    output_option,
+)
+
+
+@click.command("predict")
+@click.argument("run", type=click.Path())
+@click.argument("images", nargs=-1, required=True, type=click.Path(), metavar="IMAGE...")
+@output_option(None, "Write there instead of to stdout.")
+@option("--batch-size", type=click.IntRange(min=1), default=None, help="Images per forward pass.")
+@machine_options
+@json_option
+def command(
+    run: str,
+    images: tuple[str, ...],
+    output: str | None,
+    batch_size: int | None,
+    workers: int | None,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Label new files with a trained RUN: CSV with path, label, probability, or JSON.
+
+    IMAGE is a file, or a folder whose images are taken. Files that cannot be used are named on stderr (exit code 3).
+
+    \b
+    Example:
+      featcache predict runs/head new/ant.jpg new/bee.jpg
+      featcache predict runs/finetune new --json -o labels.json
+    """
+    from featcache.files import check_writable, write_atomically
+    from featcache.stages.predict import predict
+
+    if output:
+        check_writable(Path(output))
+    predictions, bad = predict(
+        run, images, batch_size=batch_size, workers=workers, device=device, progress=TerminalProgress()
+    )
+    if as_json:
+        rows = [{"path": one.path, "label": one.label, "probability": one.probability} for one in predictions]
+        text = json.dumps(rows, indent=2) + "\n"
+    else:
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["path", "label", "probability"])
+        writer.writerows([one.path, one.label, f"{one.probability:.6f}"] for one in predictions)
+        text = table.getvalue()
+    if output:
+        write_atomically(Path(output), text.encode("utf-8", errors="surrogateescape"))
+    else:
+        click.echo(text, nl=False)
+    list_left_out(bad)
+    return LEFT_OUT if bad else DONE

@@ -1,0 +1,230 @@
+"""Every setting of the project with its default, stated once. No torch, no click: plain frozen dataclasses.
+
+A field's name is the name of the command-line option (`batch_size` is `--batch-size`) and of the keyword of the library
+function. The fields in a class's `RESULT` decide what comes out; the others only how fast, or where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from featcache.errors import SettingsError
+
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+SOLVERS = ("sklearn", "torch")
+BATCH_NORMS = ("auto", "train", "fixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all the settings below have in common."""
+
+    RESULT: ClassVar[tuple[str, ...]] = ()
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide what comes out, as plain values."""
+        return {name: value for name, value in asdict(self).items() if name in self.RESULT}
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            option = "--" + name.replace("_", "-")
+            raise SettingsError(f"{option} is {getattr(self, name)!r}: expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(Settings):
+    """How images become features.
+
+    Attributes
+    ----------
+    backbone
+        Name of the pretrained network.
+    weights
+        "default", "none" (random, made from `seed`), or the path of a state dict (.pth, .safetensors).
+    batch_size
+        Images per forward pass; None is 4 on a CPU, whose caches overflow soon, and 64 on a GPU.
+    workers
+        Processes that decode images beside this one; None chooses from the machine.
+    device
+        Where the network runs; "auto" is CUDA where there is one, else the CPU.
+    val_fraction
+        Share of the images that validates, where the folder has no split of its own.
+    seed
+        Chooses that split, and the weights where `weights` is "none".
+    skip_bad
+        Leave out files that cannot be used as images, instead of stopping.
+    force
+        Replace a cache that was made by another extractor.
+    """
+
+    RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed")
+
+    backbone: str = "resnet18"
+    weights: str = "default"
+    batch_size: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    val_fraction: float = 0.2
+    seed: int = 0
+    skip_bad: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
+        self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
+        self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
+        self._require(self.seed >= 0, "seed", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(Settings):
+    """How a linear head is fitted to cached features.
+
+    Attributes
+    ----------
+    solver
+        "sklearn" or "torch": two ways to the same optimum.
+    C
+        Inverse strength of the L2 penalty, as in scikit-learn; None chooses it by cross-validation.
+    folds
+        Folds of that cross-validation, at most the size of the smallest class.
+    grid
+        The values of C that it tries.
+    seed
+        Shuffles the folds.
+    """
+
+    RESULT: ClassVar[tuple[str, ...]] = ("solver", "C", "folds", "grid", "seed")
+
+    solver: str = "sklearn"
+    C: float | None = None
+    folds: int = 5
+    grid: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(self.solver in SOLVERS, "solver", " or ".join(SOLVERS))
+        self._require(self.C is None or self.C > 0, "C", "a number above 0")
+        self._require(self.folds >= 2, "folds", "2 or more")
+        self._require(bool(self.grid) and min(self.grid) > 0, "grid", "numbers above 0")
+        self._require(self.seed >= 0, "seed", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Settings):
+    """How a network is trained on the images themselves.
+
+    The defaults are the classic recipe of PyTorch's transfer-learning tutorial
+    (https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html): SGD, a step schedule, 25 epochs of
+    batches of 4, the weights of the best validation epoch kept.
+
+    Attributes
+    ----------
+    backbone, weights, workers, device, val_fraction, seed, skip_bad
+        As in `ExtractConfig`; the seed also shuffles, augments and makes the new last layer.
+    epochs
+        Passes over the training images.
+    batch_size
+        Images per gradient step.
+    lr, momentum
+        Of SGD.
+    step_size, gamma
+        The learning rate is multiplied by `gamma` every `step_size` epochs.
+    freeze
+        Train the last layer only, through the frozen network: stage 2 without a cache.
+    batch_norm
+        "train" lets BatchNorm follow the batches, "fixed" keeps its statistics, "auto" is the backbone's own default.
+    force
+        Replace another run that lies at the output.
+    """
+
+    RESULT: ClassVar[tuple[str, ...]] = (
+        "backbone",
+        "weights",
+        "epochs",
+        "batch_size",
+        "lr",
+        "momentum",
+        "step_size",
+        "gamma",
+        "freeze",
+        "batch_norm",
+        "val_fraction",
+        "seed",
+    )
+
+    backbone: str = ExtractConfig.backbone
+    weights: str = ExtractConfig.weights
+    epochs: int = 25
+    batch_size: int = 4
+    lr: float = 0.001
+    momentum: float = 0.9
+    step_size: int = 7
+    gamma: float = 0.1
+    freeze: bool = False
+    batch_norm: str = "auto"
+    workers: int | None = None
+    device: str = ExtractConfig.device
+    val_fraction: float = ExtractConfig.val_fraction
+    seed: int = ExtractConfig.seed
+    skip_bad: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        self._require(self.epochs >= 1, "epochs", "1 or more")
+        self._require(self.batch_size >= 1, "batch_size", "1 or more")
+        self._require(self.lr > 0, "lr", "a number above 0")
+        self._require(0 <= self.momentum < 1, "momentum", "0 or more, below 1")
+        self._require(self.step_size >= 1, "step_size", "1 or more")
+        self._require(self.gamma > 0, "gamma", "a number above 0")
+        self._require(self.batch_norm in BATCH_NORMS, "batch_norm", " or ".join(BATCH_NORMS))
+        self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
+        self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
+        self._require(self.seed >= 0, "seed", "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Settings):
+    """What a comparison on a folder wants stated; None leaves it to what exists, else to the default.
+
+    Attributes
+    ----------
+    features
+        The cache file, made if it is not there.
+    runs
+        The folder of the two runs, "head" and "finetune", each made if it is not there.
+    backbone, weights, val_fraction, seed, epochs, batch_size, lr
+        As in `FinetuneConfig`; the first four also for the extraction.
+    solver, C
+        As in `HeadConfig`.
+    workers, device, skip_bad
+        As in `ExtractConfig`.
+    force
+        Replace a cache or runs that were made with other settings.
+    """
+
+    features: str = "features.h5"
+    runs: str = "runs"
+    backbone: str | None = None
+    weights: str | None = None
+    val_fraction: float | None = None
+    seed: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    solver: str | None = None
+    C: float | None = None
+    workers: int | None = None
+    device: str = ExtractConfig.device
+    skip_bad: bool = False
+    force: bool = False
+
+    def stated(self, *names: str) -> dict[str, Any]:
+        """Those of the named settings that were stated."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+# Where results go when the user does not say, relative to the current folder.
+FEATURES_FILE = "features.h5"
+RUNS_DIR = "runs"

@@ -1,0 +1,382 @@
+"""A folder of labelled images as a listing: paths, labels, classes, splits, content digests. Decodes nothing.
+
+Two layouts are understood, both ImageFolder's::
+
+    DATA/train/<class>/*   DATA/val/<class>/*   [DATA/test/<class>/*]
+    DATA/<class>/*         split here, by content
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import BadImage, DatasetError
+from featcache.files import canonical_json, hash_bytes, hash_file
+from featcache.progress import SILENT, Progress
+
+# torchvision.datasets.folder.IMG_EXTENSIONS, written out because importing it costs seconds; a test compares the two.
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split's images, row by row.
+
+    Attributes
+    ----------
+    paths
+        N paths relative to the listing's root, with "/".
+    labels
+        (N,) int64, indices into the listing's classes.
+    digests
+        N SHA-256 digests of the files' bytes, in hexadecimal.
+    """
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+    digests: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, keep: NDArray[np.bool_]) -> Split:
+        """The rows where `keep` (N,) is true, in the same order."""
+        rows = np.flatnonzero(keep)
+        return Split(
+            paths=tuple(self.paths[i] for i in rows),
+            labels=self.labels[rows],
+            digests=tuple(self.digests[i] for i in rows),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A data set as it lies on disk.
+
+    Attributes
+    ----------
+    root
+        The folder that all paths are relative to.
+    classes
+        Class names, sorted; a label is an index into them.
+    splits
+        "train", "val" and perhaps "test", in this order.
+    ignored
+        Files that are not images by their name, relative to the root.
+    bad
+        Files that are images by their name but could not be read at all.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    ignored: tuple[str, ...] = ()
+    bad: tuple[BadImage, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(split) for split in self.splits.values())
+
+    def paths(self) -> list[str]:
+        """All paths, split after split."""
+        return [path for split in self.splits.values() for path in split.paths]
+
+    def without(self, bad: Iterable[BadImage]) -> Listing:
+        """The same listing with some files left out.
+
+        Raises
+        ------
+        DatasetError
+            If a class of a split has no image left.
+        """
+        left_out = {item.path for item in bad}
+        splits = {
+            name: split.take(np.array([path not in left_out for path in split.paths], dtype=bool))
+            for name, split in self.splits.items()
+        }
+        for name, split in splits.items():
+            check_classes_filled(split.labels, self.classes, f"the {name} split of {self.root}, bad files left out")
+        return Listing(root=self.root, classes=self.classes, splits=splits, ignored=self.ignored, bad=tuple(bad))
+
+
+def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, progress: Progress = SILENT) -> Listing:
+    """List the images of a folder, with their labels, split and content digests.
+
+    Parameters
+    ----------
+    data
+        The folder, in one of the two layouts above.
+    val_fraction
+        Share of the images that becomes the validation split where the folder has none.
+    seed
+        Chooses which images those are; see `is_validation`.
+    progress
+        Told of the reading.
+
+    Returns
+    -------
+    Listing
+        Rows in ImageFolder's order. Files that cannot be read are in `bad`, not in a split.
+
+    Raises
+    ------
+    DatasetError
+        For a missing folder, an empty class or split, or splits whose classes differ.
+    """
+    root = Path(data)
+    if not root.is_dir():
+        found = "a file" if root.is_file() else "nothing"
+        raise DatasetError(
+            f"no data set at {root}: expected a folder DATA/train/<class>/ and DATA/val/<class>/, or DATA/<class>/, "
+            f"found {found}; `featcache sample digits {root}` makes one to try"
+        )
+    names = find_split_folders(root)
+    folders = {name: root / name for name in names} if names else {"": root}
+    files: dict[str, list[tuple[str, str]]] = {}
+    ignored: list[str] = []
+    for name, folder in folders.items():
+        files[name], strays = list_class_folders(root, folder)
+        ignored += strays
+    if names:
+        ignored += [entry.name for entry in _sorted_entries(root) if entry.is_file()]
+    classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
+    listed, bad = _hash_rows(root, files, classes, progress)
+    splits = listed if names else _split_by_content(listed[""], classes, root, val_fraction, seed)
+    for name, split in splits.items():
+        check_classes_filled(split.labels, classes, f"the {name} split of {root}")
+    return Listing(root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad))
+
+
+def find_split_folders(root: Path) -> list[str]:
+    """Names of the split folders under `root`, or none if its folders are classes.
+
+    Raises
+    ------
+    DatasetError
+        If there is a train folder without a val folder, or the other way round.
+    """
+    present = [name for name in SPLITS if (root / name).is_dir()]
+    split = {"train", "val"} <= set(present) or any(_has_folders(root / name) for name in present)
+    if not split:
+        return []
+    for name in ("train", "val"):
+        if name not in present:
+            there = ", ".join(sorted(entry.name for entry in _sorted_entries(root) if entry.is_dir()))
+            raise DatasetError(
+                f"{root} has no {name} folder: expected {root / 'train'} and {root / 'val'}, found {there}; rename or "
+                f"add it, or name a folder of classes (such as {root / present[0]}) to have it split for you"
+            )
+    return present
+
+
+def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Image files under each class folder of `folder`.
+
+    Returns
+    -------
+    images
+        (path relative to `root`, class name), sorted as ImageFolder sorts them.
+    ignored
+        Paths of files that are not images.
+
+    Raises
+    ------
+    DatasetError
+        If there is no class folder, or one without any image.
+    """
+    entries = _sorted_entries(folder)
+    classes = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if not classes:
+        loose = sum(is_image_name(entry.name) for entry in entries)
+        raise DatasetError(
+            f"{folder} has no class folders: expected {folder}/<class>/<image>, found "
+            f"{f'{loose} images directly in it' if loose else 'no folders'}; put each class into a folder of its own"
+        )
+    images: list[tuple[str, str]] = []
+    ignored = [_relative(Path(e.path), root) for e in entries if e.is_file() and folder != root]
+    ignored += [e.name for e in entries if e.is_file() and folder == root]
+    for entry in classes:
+        found: list[str] = []
+        for path in _walk(Path(entry.path), set()):
+            (found if is_image_name(path.name) else ignored).append(_relative(path, root))
+        if not found:
+            raise DatasetError(
+                f"class folder {entry.path} has no images: expected files ending in {' '.join(IMAGE_EXTENSIONS)}; "
+                f"fill it or remove it"
+            )
+        found.sort(key=lambda path: path.rpartition("/")[::2])
+        images += [(path, entry.name) for path in found]
+    return images, ignored
+
+
+def list_images(folder: Path) -> list[str]:
+    """Paths of the image files anywhere under a folder, sorted, the folder's own path in front."""
+    return sorted(str(path) for path in _walk(folder, set()) if is_image_name(path.name))
+
+
+def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
+    """The class names, sorted, if every split has the same.
+
+    Raises
+    ------
+    DatasetError
+        If a class is missing from a split.
+    """
+    union = set().union(*found.values())
+    for name, classes in found.items():
+        if missing := sorted(union - classes):
+            raise DatasetError(
+                f"the splits of {root} have different classes: {name} lacks {', '.join(missing)}; expected the same "
+                f"class folders in {', '.join(found)}"
+            )
+    return tuple(sorted(union))
+
+
+def check_classes_filled(labels: NDArray[np.int64], classes: Sequence[str], where: str) -> None:
+    """Raise a DatasetError if a class has no image in `labels` (N,)."""
+    counts = np.bincount(labels, minlength=len(classes))
+    if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
+        raise DatasetError(f"{where} has no image of class {', '.join(empty)}; add images, or remove the class")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its ending, and not hidden."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def is_validation(digest: str, val_fraction: float, seed: int) -> bool:
+    """Whether an image belongs to the validation split, from its content alone.
+
+    The digest and the seed are hashed to a number in [0, 1); below `val_fraction` is validation. No other image has a
+    say, so the answer is the same on every machine and stays when images are added, and equal bytes never end up on
+    both sides. (A split that never changes for old images cannot do better: it must decide on each image by itself, so
+    the share of a class is `val_fraction` only on average.)
+    """
+    return _position(digest, seed) < val_fraction
+
+
+def dataset_fingerprint(split: Split, classes: Sequence[str]) -> str:
+    """Digest of which images with which labels a split holds, whatever they are called or their order."""
+    rows = sorted((digest, classes[label]) for digest, label in zip(split.digests, split.labels.tolist(), strict=True))
+    return hash_bytes(canonical_json([list(classes), rows]).encode())
+
+
+def describe_data(listing: Listing) -> dict[str, Any]:
+    """The data set as plain JSON values: folder, classes, images per split, fingerprint of each split."""
+    return {
+        "folder": str(listing.root.resolve()),
+        "classes": list(listing.classes),
+        "images": {name: len(split) for name, split in listing.splits.items()},
+        "fingerprints": {name: dataset_fingerprint(split, listing.classes) for name, split in listing.splits.items()},
+    }
+
+
+def find_shared_images(listing: Listing) -> dict[str, list[str]]:
+    """Images whose very bytes are in more than one split: digest to paths. They leak answers."""
+    where: dict[str, dict[str, list[str]]] = {}
+    for name, split in listing.splits.items():
+        for path, digest in zip(split.paths, split.digests, strict=True):
+            where.setdefault(digest, {}).setdefault(name, []).append(path)
+    return {
+        digest: [path for paths in by_split.values() for path in paths]
+        for digest, by_split in where.items()
+        if len(by_split) > 1
+    }
+
+
+def _position(digest: str, seed: int) -> float:
+    return int(hash_bytes(f"{seed}:{digest}".encode())[:13], 16) / 16**13
+
+
+def _split_by_content(
+    rows: Split, classes: Sequence[str], root: Path, val_fraction: float, seed: int
+) -> dict[str, Split]:
+    """Train and validation rows, stratified in expectation, and by force where a class would have no image in one.
+
+    That image is the class's lowest (or highest) in the hash order, so it too changes only if a new image takes the
+    place.
+    """
+    position = np.array([_position(digest, seed) for digest in rows.digests])
+    validation = position < val_fraction
+    for label, name in enumerate(classes):
+        members = np.flatnonzero(rows.labels == label)
+        if len(members) < 2:
+            raise DatasetError(
+                f"class {name} of {root} has {len(members)} usable image: expected at least 2, one to train on and one "
+                f"to validate; add images"
+            )
+        if not validation[members].any():
+            validation[position == position[members].min()] = True
+        if validation[members].all():
+            validation[position == position[members].max()] = False
+    return {"train": rows.take(~validation), "val": rows.take(validation)}
+
+
+def _hash_rows(
+    root: Path, files: dict[str, list[tuple[str, str]]], classes: tuple[str, ...], progress: Progress
+) -> tuple[dict[str, Split], list[BadImage]]:
+    paths = [path for rows in files.values() for path, _ in rows]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+        digests = pool.map(lambda path: _try_hash(root / path), paths)
+        answers = iter(list(progress.track(digests, total=len(paths), what="reading")))
+    bad: list[BadImage] = []
+    splits = {}
+    for name, rows in files.items():
+        kept = []
+        for path, label in rows:
+            digest, reason = next(answers)
+            if reason:
+                bad.append(BadImage(path, reason))
+            else:
+                kept.append((path, classes.index(label), digest))
+        splits[name] = Split(
+            paths=tuple(path for path, _, _ in kept),
+            labels=np.array([label for _, label, _ in kept], dtype=np.int64),
+            digests=tuple(digest for _, _, digest in kept),
+        )
+    return splits, bad
+
+
+def _try_hash(path: Path) -> tuple[str, str]:
+    try:
+        return hash_file(path), ""
+    except OSError as error:  # a dangling link, no permission
+        return "", f"cannot be read: {error.strerror or error}"
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Files under `folder`; links to folders are followed once, so that a loop of links ends."""
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    for entry in _sorted_entries(folder):
+        if entry.is_dir():
+            if not entry.name.startswith("."):
+                yield from _walk(Path(entry.path), seen)
+        else:
+            yield Path(entry.path)
+
+
+def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(f"cannot look into {folder}: {error.strerror or error}") from error
+
+
+def _has_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in _sorted_entries(folder))
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()

@@ -1,0 +1,112 @@
+"""What can go wrong, as a tree of exceptions. Knows nothing else of featcache.
+
+::
+
+    FeatcacheError               caught once, in the cli: one line on stderr, exit code 1
+    ├── SettingsError            an option has a value that makes no sense (the cli's exit code 2)
+    ├── DatasetError             a folder, a class or a split is missing, empty or at odds with another
+    ├── BadImagesError           some files of a data set cannot be used as images; each is named
+    ├── BackboneError            unknown network, or a network that cannot be used
+    │   ├── WeightsError         weights that do not fit or cannot be read
+    │   └── WeightsUnavailableError   default weights that cannot be had here and now
+    ├── DeviceError              a device was asked for that is not there
+    ├── MissingExtraError        an optional package is not installed
+    ├── CacheError               a file that is not a feature cache, or a damaged one
+    │   └── StaleCacheError      a cache made by another extractor
+    ├── RunError                 a folder that is not a run, or another run, or one that does not fit
+    ├── OutputError              a place that cannot be written
+    └── DownloadError            a download that failed or is not what it should be
+
+    ImageError                   one image that cannot be used; collected, never shown alone
+
+Use it like this::
+
+    try:
+        featcache.extract_features("photos")
+    except featcache.FeatcacheError as error:
+        print(error)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class FeatcacheError(Exception):
+    """The root: anything that featcache can explain in one line."""
+
+
+class SettingsError(FeatcacheError, ValueError):
+    """A setting is out of its range or contradicts another."""
+
+
+class DatasetError(FeatcacheError):
+    """The folder is not a usable image data set."""
+
+
+class BackboneError(FeatcacheError):
+    """The backbone is unknown or cannot be used."""
+
+
+class WeightsError(BackboneError):
+    """The weights do not fit the network or cannot be read safely."""
+
+
+class WeightsUnavailableError(BackboneError):
+    """The default weights are neither on this machine nor downloadable."""
+
+
+class DeviceError(FeatcacheError):
+    """The device asked for is not there."""
+
+
+class MissingExtraError(FeatcacheError):
+    """An optional package is needed; the message holds the pip line that installs it."""
+
+
+class CacheError(FeatcacheError):
+    """The file is not a feature cache, or it is damaged."""
+
+
+class StaleCacheError(CacheError):
+    """The cache was made by another extractor; the message lists what differs."""
+
+
+class RunError(FeatcacheError):
+    """The folder is not a run, holds another run, or does not fit what it is used with."""
+
+
+class OutputError(FeatcacheError):
+    """A result cannot be written where it should go."""
+
+
+class DownloadError(FeatcacheError):
+    """A download failed, or what arrived is not what was expected."""
+
+
+class BadImage(NamedTuple):
+    """One file that cannot be used, and why."""
+
+    path: str
+    reason: str
+
+
+class ImageError(FeatcacheError):
+    """One image cannot be used; the message is the reason, without the path."""
+
+
+class BadImagesError(FeatcacheError):
+    """Files of the data set cannot be used as images, and the user did not say to leave them out.
+
+    Attributes
+    ----------
+    bad : list of BadImage
+        Every such file with its reason.
+    """
+
+    def __init__(self, bad: Sequence[BadImage], kept: str = "") -> None:
+        self.bad = list(bad)
+        lines = "".join(f"\n  {path}: {reason}" for path, reason in self.bad)
+        n = "1 file" if len(self.bad) == 1 else f"{len(self.bad)} files"
+        super().__init__(f"{n} cannot be used as an image; mend or remove, or leave out with --skip-bad{kept}{lines}")

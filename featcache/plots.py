@@ -1,0 +1,169 @@
+"""Arrays -> matplotlib figures. The only owner of matplotlib; knows no files and no runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+Pictures = NDArray[np.float32]
+
+# Paul Tol's "bright" scheme, told apart by colour-blind readers too (https://sronpersonalpages.nl/~pault/).
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+RIGHT, WRONG = "#228833", "#CC3311"
+INK, FAINT = "#222222", "#DDDDDD"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=120, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+
+
+def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Training and validation loss and accuracy by epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(title)
+    epochs = [row["epoch"] for row in history]
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
+            label = {"train": "training (augmented)", "val": "validation"}[split]
+            axes.plot(epochs, [row[f"{split}_{what}"] for row in history], "o-", ms=4, color=colour, label=label)
+        _label(axes, "epoch", f"{what} (nats)" if what == "loss" else what)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def draw_selection(candidates: Sequence[Mapping[str, float]], chosen: float, title: str) -> Figure:
+    """Cross-validated log loss and accuracy against C."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure.suptitle(title)
+    values = [row["C"] for row in candidates]
+    for axes, what, name in zip(
+        figure.subplots(1, 2), ("cv_log_loss", "cv_accuracy"), ("log loss (nats)", "accuracy"), strict=True
+    ):
+        axes.semilogx(values, [row[what] for row in candidates], "o-", ms=4, color=COLOURS[0])
+        axes.axvline(chosen, color=COLOURS[1], lw=1, ls="--", label=f"chosen: C = {chosen:g}")
+        _label(axes, "C (weaker penalty to the right)", f"held-out {name}")
+    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def draw_confusions(
+    matrices: Mapping[str, NDArray[np.int64]], classes: Sequence[str], *, max_labels: int = 40
+) -> Figure:
+    """Confusion matrices side by side: true class by row, prediction by column, coloured by the share of the row."""
+    n = len(classes)
+    side = min(max(2.6, 0.42 * n + 1.2), 10)
+    figure = Figure(figsize=((side + 1.2) * len(matrices), side + 0.8), layout="constrained")
+    for axes, (title, counts) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True):
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(title)
+        axes.set(xlabel="predicted", ylabel="true")
+        if n <= max_labels:
+            axes.set_xticks(range(n), classes, rotation=0 if n <= 3 else 90)
+            axes.set_yticks(range(n), classes)
+        if n <= 20:
+            for row, column in np.ndindex(n, n):
+                if counts[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else INK
+                    axes.text(
+                        column,
+                        row,
+                        str(counts[row, column]),
+                        ha="center",
+                        va="center",
+                        color=colour,
+                        fontsize=9,
+                    )
+        axes.tick_params(length=0)
+    return figure
+
+
+def draw_accuracy_against_time(arms: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation accuracy with its interval against total seconds, one point an arm.
+
+    Each arm has `name`, `seconds`, `val_accuracy` and `interval` (low, high).
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, arm in enumerate(arms):
+        value, (low, high) = arm["val_accuracy"], arm["interval"]
+        axes.errorbar(
+            arm["seconds"],
+            value,
+            yerr=[[value - low], [high - value]],
+            fmt="o",
+            ms=8,
+            capsize=5,
+            color=COLOURS[i % len(COLOURS)],
+            label=f"{arm['name']}: {value:.1%} in {arm['seconds']:,.1f} s",
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    _label(axes, "total seconds, extraction included (log scale)", "validation accuracy, 95 % interval")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], lines: Mapping[str, float]) -> Figure:
+    """Validation accuracy by epoch for the arms that have epochs, and a level line for those that have none."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    colours = iter(COLOURS * (1 + (len(histories) + len(lines)) // len(COLOURS)))
+    for name, value in lines.items():
+        axes.axhline(value, color=next(colours), ls="--", label=f"{name} (no epochs)")
+    for name, history in histories.items():
+        colour = next(colours)
+        epochs = [row["epoch"] for row in history]
+        axes.plot(epochs, [row["val_accuracy"] for row in history], "o-", ms=4, color=colour, label=name)
+        axes.plot(
+            epochs,
+            [row["train_accuracy"] for row in history],
+            ":",
+            color=colour,
+            label=f"{name}, training (augmented)",
+        )
+    _label(axes, "epoch", "accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    return figure
+
+
+def draw_grid(
+    pictures: Pictures, titles: Sequence[str], *, right: Sequence[bool] | None = None, heading: str = ""
+) -> Figure:
+    """A grid of pictures (N, H, W, 3) in [0, 1] with titles, coloured by whether they are right if that is told."""
+    columns = min(4 if len(pictures) <= 8 else 6, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = Figure(figsize=(2.3 * columns, 2.6 * rows + (0.5 if heading else 0)), layout="constrained")
+    if heading:
+        figure.suptitle(heading)
+    grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for i, axes in enumerate(grid):
+        axes.axis("off")
+        if i >= len(pictures):
+            continue
+        axes.imshow(pictures[i])
+        colour = INK if right is None else (RIGHT if right[i] else WRONG)
+        axes.set_title(titles[i], fontsize=9, color=colour)
+    return figure
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(color=FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,311 @@
+"""A run on disk: run.json <-> RunRecord, predictions.csv, history.csv. What ran, with what, how long, how good.
+
+Knows no network, no array library but numpy, and no figures.
+
+::
+
+    runs/head/
+    ├── run.json          the record
+    ├── predictions.csv   path, label, prediction, one probability per class: every validation image
+    ├── predictions_test.csv   the same for the test split, where there is one
+    ├── history.csv       one line per epoch, or per value of C
+    ├── model.json, model.safetensors   the classifier (see `featcache.bundle`)
+    └── *.png             plots
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.errors import OutputError, RunError
+from featcache.files import pretty_json
+
+RUN_FILE = "run.json"
+SCHEMA = 1
+RECORDED_PACKAGES = ("featcache", "torch", "torchvision", "scikit-learn", "h5py", "numpy", "Pillow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run was, as it stands in run.json.
+
+    Attributes
+    ----------
+    kind
+        "head" (two stages) or "finetune".
+    title
+        A few words for tables: what was trained, with what.
+    settings
+        The settings that decided the result.
+    data
+        Folder, classes, images per split, and the fingerprint of each split's contents.
+    extractor
+        Backbone, weights and preprocessing (see `featcache.cache`).
+    seconds
+        Wall time by stage; "total" is their sum, extraction included.
+    peak_memory_bytes
+        Highest resident memory of the main process while it ran, or None where the system does not say.
+    parameters
+        "trainable" and "total".
+    accuracy
+        "val" and perhaps "test": each with n, correct and accuracy; "train" is the share alone.
+    selection
+        How hyper-parameters or the epoch were chosen, and on what.
+    device
+        Where it ran.
+    environment
+        Versions, platform, cores.
+    notes
+        Remarks that the user should see.
+    """
+
+    kind: str
+    title: str
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    extractor: dict[str, Any]
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+    parameters: dict[str, int]
+    accuracy: dict[str, Any]
+    selection: str
+    device: str
+    environment: dict[str, Any]
+    notes: list[str]
+    schema: int = SCHEMA
+
+    @property
+    def val_accuracy(self) -> float:
+        """Share of the validation images that are right."""
+        return float(self.accuracy["val"]["accuracy"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return tuple(self.data["classes"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """Predictions on N images.
+
+    Attributes
+    ----------
+    paths
+        N paths relative to the data folder.
+    labels, predicted
+        (N,) int64.
+    probabilities
+        (N, C) float64.
+    """
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write run.json; last of a run's files, so that a folder with it is a whole run."""
+    (folder / RUN_FILE).write_text(pretty_json(asdict(record)), encoding="utf-8")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return (path / RUN_FILE).is_file()
+
+
+def read_record(folder: Path | str) -> RunRecord:
+    """Read the record of a run.
+
+    Raises
+    ------
+    RunError
+        If the folder is not a run, or was written by a featcache that this one does not understand.
+    """
+    folder = Path(folder)
+    path = folder / RUN_FILE
+    if not path.is_file():
+        raise RunError(
+            f"{folder} is not a run: expected {path}; `featcache train-head` and `featcache finetune` make runs"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        record = RunRecord(**{field.name: value[field.name] for field in fields(RunRecord)})
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); run it again") from error
+    if record.schema != SCHEMA:
+        raise RunError(f"{path} has schema {record.schema}, this featcache reads {SCHEMA}; run it again")
+    return record
+
+
+def write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
+    """Write predictions as CSV: path, label, prediction, then `probability_<class>` for each class."""
+    header = ["path", "label", "prediction", *(f"probability_{name}" for name in classes)]
+    rows = (
+        [name, classes[label], classes[predicted], *(f"{value:.6f}" for value in probabilities)]
+        for name, label, predicted, probabilities in zip(
+            predictions.paths,
+            predictions.labels.tolist(),
+            predictions.predicted.tolist(),
+            predictions.probabilities,
+            strict=True,
+        )
+    )
+    _write_csv(path, header, rows)
+
+
+def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
+    """Read what `write_predictions` wrote.
+
+    Raises
+    ------
+    RunError
+        If the file is missing, damaged, or not of these classes.
+    """
+    index = {name: label for label, name in enumerate(classes)}
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            header, *rows = csv.reader(file)
+        return Predictions(
+            paths=tuple(row[0] for row in rows),
+            labels=np.array([index[row[1]] for row in rows], dtype=np.int64),
+            predicted=np.array([index[row[2]] for row in rows], dtype=np.int64),
+            probabilities=np.array(
+                [[row[header.index(f"probability_{name}")] for name in classes] for row in rows], dtype=np.float64
+            ),
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise RunError(f"{path} cannot be read ({error}); run it again") from error
+
+
+def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write one CSV line per row, headed by the names of the first one."""
+    header = list(rows[0])
+    _write_csv(path, header, ([row[name] for name in header] for row in rows))
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Read a history, every value a number, missing ones left out."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+def decide_run(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> str:
+    """What to do about a run folder that may be there already: a decision, no deed.
+
+    Parameters
+    ----------
+    folder
+        The output.
+    wanted
+        `describe_identity` of the run that is asked for.
+    force
+        Whether another run may be replaced.
+
+    Returns
+    -------
+    "create" (nothing there), "reuse" (it is the very run) or "replace" (it is another, and `force`).
+
+    Raises
+    ------
+    RunError
+        If another run lies there, listing what differs.
+    OutputError
+        If something lies there that is not a run: it is never replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return "create"
+    if not is_run(folder):
+        raise OutputError(f"{folder} is there and is not a run; choose another place with -o")
+    found = describe_identity(read_record(folder))
+    if found == wanted:
+        return "replace" if force else "reuse"
+    if force:
+        return "replace"
+    raise RunError(
+        f"{folder} holds another run ({'; '.join(list_changes(found, wanted))}); name another place, or replace it "
+        f"with --force"
+    )
+
+
+def describe_identity(record: RunRecord) -> dict[str, Any]:
+    """What makes two runs the same: kind, settings, data and extractor, flat."""
+    return identify(record.kind, record.settings, record.data, record.extractor)
+
+
+def identify(
+    kind: str, settings: Mapping[str, Any], data: Mapping[str, Any], extractor: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The same from its parts."""
+    return {
+        "kind": kind,
+        **json.loads(json.dumps(dict(settings))),
+        "images": data["fingerprints"],
+        "weights tensors": extractor["weights"]["tensors_sha256"],
+    }
+
+
+def list_changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Each value that differs, as "name: found -> wanted"; digests are only said to differ."""
+    changes = []
+    for name in [*found, *(name for name in wanted if name not in found)]:
+        if found.get(name) != wanted.get(name):
+            plain = name not in ("images", "weights tensors")
+            changes.append(f"{name}: {found.get(name)} -> {wanted.get(name)}" if plain else f"other {name}")
+    return changes
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions of what decides numbers, and the machine."""
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in RECORDED_PACKAGES},
+        },
+        "platform": platform.platform(terse=True),
+        "cores": os.cpu_count(),
+    }
+
+
+class PeakMemory:
+    """Highest resident memory of this process since this object was made.
+
+    Linux can reset its high-water mark (/proc/self/clear_refs, see proc(5)); elsewhere `read` gives None.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.known = True
+        except OSError:
+            self.known = False
+
+    def read(self) -> int | None:
+        """Bytes, or None where the system does not say."""
+        if not self.known:
+            return None
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        return None
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))

@@ -1,0 +1,266 @@
+"""Stage 1: a frozen backbone turns every image into features once; they are kept in one HDF5 file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featcache import files
+from featcache.backbones import Backbone, load_backbone
+from featcache.cache import (
+    FeatureCache,
+    FeatureSplit,
+    decide_extraction,
+    hash_extractor,
+    partial_path,
+    read_reusable_rows,
+    write_cache,
+)
+from featcache.config import FEATURES_FILE, ExtractConfig
+from featcache.dataset import Listing, find_shared_images, list_dataset
+from featcache.errors import BadImage, BadImagesError
+from featcache.images import ImageRows, make_evaluation_transform, make_loader
+from featcache.progress import SILENT, Progress
+from featcache.runs import PeakMemory, describe_environment
+from featcache.runtime import choose_batch_size, run_network, select_device
+
+RowsByDigest = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What an extraction did.
+
+    Attributes
+    ----------
+    path
+        The cache file.
+    cache
+        What is in it.
+    computed
+        Images that went through the network.
+    bad
+        Files left out.
+    seconds
+        Wall time of this call.
+    """
+
+    path: Path
+    cache: FeatureCache
+    computed: int
+    bad: tuple[BadImage, ...]
+    seconds: float
+
+    @property
+    def reused(self) -> int:
+        """Rows that needed no forward pass."""
+        return len(self.cache) - self.computed
+
+
+def extract_features(
+    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+) -> Extraction:
+    """Extract the features of every image of a folder into an HDF5 file.
+
+    Rows whose image bytes are already in the file, made by the same extractor, are kept: on unchanged data nothing is
+    computed.
+
+    Parameters
+    ----------
+    data
+        DATA/{train,val[,test]}/<class>/* or DATA/<class>/*.
+    output
+        The cache file.
+    progress
+        Told what is being done.
+    settings
+        Fields of `featcache.config.ExtractConfig`.
+
+    Returns
+    -------
+    Extraction
+
+    Raises
+    ------
+    DatasetError
+        If the folder is not a usable data set.
+    BadImagesError
+        If files cannot be used as images and `skip_bad` is not set. The other rows are kept beside the output, under
+        another name, and reused by the next call.
+    StaleCacheError
+        If the output was made by another extractor and `force` is not set.
+    BackboneError, DeviceError, MissingExtraError, OutputError
+        If the network, the device or the output cannot be had.
+
+    Examples
+    --------
+    >>> extraction = extract_features("photos", backbone="resnet18")       # doctest: +SKIP
+    >>> extraction.cache.splits["train"].features.shape                    # doctest: +SKIP
+    (244, 512)
+    """
+    started, memory = time.perf_counter(), PeakMemory()
+    config, output = ExtractConfig(**settings), Path(output)
+    files.check_writable(output)
+    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
+    _say_listing(listing, progress)
+    device = select_device(config.device)
+    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    extractor = backbone.describe()
+    decision, old = decide_extraction(output, extractor, force=config.force)
+    rows = read_reusable_rows(partial_path(output), hash_extractor(extractor))
+    rows |= old.rows_by_digest() if old else {}
+    known = len(rows)
+    _say_plan(decision, listing, rows, backbone, device, progress)
+    bad = list(listing.bad)
+    try:
+        bad += compute_missing_rows(listing, rows, backbone, device, config, progress)
+    except KeyboardInterrupt:
+        _keep_partial(output, _make_cache(listing, rows, extractor, {}), progress)
+        raise
+    spent = time.perf_counter() - started
+    provenance = {
+        "data": str(listing.root.resolve()),
+        "settings": config.result_settings(),
+        "seconds": spent + (old.provenance["seconds"] if old and len(rows) > known else 0.0),
+        "peak_memory_bytes": memory.read(),
+        "device": str(device),
+        "environment": describe_environment(),
+        "bad": [list(item) for item in bad],
+    }
+    if bad and not config.skip_bad:
+        _keep_partial(output, _make_cache(listing, rows, extractor, provenance), progress)
+        raise BadImagesError(bad, kept=f"; {len(rows)} rows are kept for the next try")
+    computed = len(rows) - known
+    if old and not computed:
+        provenance = {
+            **old.provenance,
+            "data": provenance["data"],
+            "settings": provenance["settings"],
+            "bad": provenance["bad"],
+        }
+    cache = _make_cache(listing.without(bad), rows, extractor, provenance)
+    if old is None or not _is_same_content(old, cache):
+        write_cache(output, cache)
+    partial_path(output).unlink(missing_ok=True)
+    return Extraction(
+        path=output, cache=cache, computed=computed, bad=tuple(bad), seconds=time.perf_counter() - started
+    )
+
+
+def compute_missing_rows(
+    listing: Listing,
+    rows: RowsByDigest,
+    backbone: Backbone,
+    device: torch.device,
+    config: ExtractConfig,
+    progress: Progress,
+) -> list[BadImage]:
+    """Compute the features that `rows` lacks, each distinct image once, and put them there.
+
+    Returns
+    -------
+    Every file that could not be used, also those that are copies of one.
+    """
+    paths_by_digest: dict[str, list[str]] = {}
+    for split in listing.splits.values():
+        for path, digest in zip(split.paths, split.digests, strict=True):
+            paths_by_digest.setdefault(digest, []).append(path)
+    digests = [digest for digest in paths_by_digest if digest not in rows]
+    if not digests:
+        return []
+    source = ImageRows(
+        listing.root,
+        [paths_by_digest[digest][0] for digest in digests],
+        transform=make_evaluation_transform(backbone.preprocessing),
+        digests=digests,
+    )
+    loader = make_loader(
+        source,
+        batch_size=config.batch_size or choose_batch_size(device),
+        workers=config.workers,
+        pin=device.type == "cuda",
+    )
+    digest_by_path = dict(zip(source.paths, digests, strict=True))
+    bad = []
+    batches = progress.track(loader, total=len(digests), what="extracting")
+    for which, features, failed in run_network(backbone.network, batches, device):
+        for row, values in zip(which.tolist(), features, strict=True):
+            if np.isfinite(values).all():
+                rows[digests[row]] = values
+            else:
+                failed.append(BadImage(source.paths[row], "its features are not finite numbers"))
+        for path, reason in failed:
+            bad += [BadImage(copy, reason) for copy in paths_by_digest[digest_by_path[path]]]
+    return bad
+
+
+def _make_cache(
+    listing: Listing, rows: RowsByDigest, extractor: dict[str, Any], provenance: dict[str, Any]
+) -> FeatureCache:
+    """The rows that there are, in the listing's order."""
+    dim = extractor["dim"]
+    splits = {}
+    for name, split in listing.splits.items():
+        there = split.take(np.array([digest in rows for digest in split.digests], dtype=bool))
+        features = np.stack([rows[digest] for digest in there.digests]) if len(there) else np.empty((0, dim))
+        splits[name] = FeatureSplit(listing=there, features=features.astype(np.float32))
+    return FeatureCache(classes=listing.classes, extractor=extractor, splits=splits, provenance=provenance)
+
+
+def _is_same_content(old: FeatureCache, new: FeatureCache) -> bool:
+    """Whether a file that holds `old` need not be written again."""
+
+    def contents(cache: FeatureCache) -> Any:
+        splits = {
+            name: (split.listing.paths, split.listing.labels.tolist(), split.listing.digests)
+            for name, split in cache.splits.items()
+        }
+        return cache.classes, splits, cache.provenance, cache.extractor
+
+    return bool(contents(old) == contents(new))
+
+
+def _keep_partial(output: Path, cache: FeatureCache, progress: Progress) -> None:
+    if len(cache):
+        write_cache(partial_path(output), cache)
+        progress.say(f"{len(cache)} rows kept in {partial_path(output)}; the same command goes on from there")
+
+
+def _say_listing(listing: Listing, progress: Progress) -> None:
+    counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
+    progress.say(f"{listing.root}: {counts} images, {len(listing.classes)} classes")
+    if listing.ignored:
+        progress.say(f"not images, ignored: {_name_some(listing.ignored)}")
+    if shared := find_shared_images(listing):
+        examples = _name_some([" = ".join(paths) for paths in shared.values()])
+        progress.say(f"WARNING: leakage: {len(shared)} images are in more than one split: {examples}")
+
+
+def _say_plan(
+    decision: str,
+    listing: Listing,
+    rows: RowsByDigest,
+    backbone: Backbone,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    wanted = {digest for split in listing.splits.values() for digest in split.digests}
+    todo = len(wanted - set(rows))
+    where = "CPU" if device.type == "cpu" else str(device)
+    verb = {"create": "new cache", "reuse": "cache of the same extractor", "replace": "old cache replaced"}[decision]
+    progress.say(
+        f"{backbone.name}, weights {backbone.weights['name']}, {backbone.width} features, {where}; {verb}, "
+        f"{todo} images to compute"
+    )
+
+
+def _name_some(names: Sequence[str], at_most: int = 3) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more

@@ -1,0 +1,107 @@
+"""Label new image files with the classifier of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.bundle import load_classifier
+from featcache.dataset import list_images
+from featcache.errors import BadImage, BadImagesError, DatasetError
+from featcache.progress import SILENT, Progress
+from featcache.runtime import select_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image's most probable class and its probability."""
+
+    path: str
+    label: str
+    probability: float
+
+
+def predict(
+    run: Path | str,
+    images: Sequence[Path | str],
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    progress: Progress = SILENT,
+) -> tuple[list[Prediction], list[BadImage]]:
+    """Predict the class of image files.
+
+    Parameters
+    ----------
+    run
+        A run folder that `train_head` or `finetune` made.
+    images
+        Files, or folders, whose images are taken.
+    device, batch_size, workers
+        As in `featcache.config.ExtractConfig`.
+    progress
+        Told what is being done.
+
+    Returns
+    -------
+    predictions
+        One for each usable image, in the order given.
+    bad
+        The files that could not be used.
+
+    Raises
+    ------
+    RunError
+        If the run holds no classifier, or its backbone is no longer the same.
+    DatasetError
+        If a path does not exist, or a folder holds no image.
+    BadImagesError
+        If not one of the files can be used.
+
+    Examples
+    --------
+    >>> predictions, bad = predict("runs/head", ["new.jpg"])               # doctest: +SKIP
+    >>> predictions[0].label                                               # doctest: +SKIP
+    'bees'
+    """
+    paths = expand_paths(images)
+    chosen_device = select_device(device)
+    classifier = load_classifier(run)
+    found: dict[int, Prediction] = {}
+    bad: list[BadImage] = []
+    for rows, probabilities, failed in classifier.predict_files(
+        paths, device=chosen_device, batch_size=batch_size, workers=workers, progress=progress
+    ):
+        for row, one in zip(rows.tolist(), probabilities, strict=True):
+            best = int(np.argmax(one))
+            found[row] = Prediction(path=paths[row], label=classifier.classes[best], probability=float(one[best]))
+        bad += failed
+    if bad and not found:
+        raise BadImagesError(bad)
+    return [found[row] for row in sorted(found)], bad
+
+
+def expand_paths(images: Sequence[Path | str]) -> list[str]:
+    """Files as given, and the images of folders.
+
+    Raises
+    ------
+    DatasetError
+        If a path does not exist, or a folder holds no image.
+    """
+    paths: list[str] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = list_images(image)
+            if not inside:
+                raise DatasetError(f"{image} holds no image; expected image files, or a folder of them")
+            paths += inside
+        elif image.exists():
+            paths.append(str(image))
+        else:
+            raise DatasetError(f"no image at {image}: expected a file, or a folder of images")
+    return paths
