@@ -12,7 +12,7 @@ the whole network. Both load into a `Classifier`, which turns image files into p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from featcache.backbones import attach_classifier, load_backbone
 from featcache.errors import BadImage, RunError
 from featcache.files import hash_bytes, pretty_json
 from featcache.heads import LinearHead
-from featcache.images import ImageRows, Preprocessing, make_evaluation_transform, make_loader
+from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
 from featcache.metrics import to_probabilities
 from featcache.progress import SILENT, Progress
-from featcache.runtime import choose_batch_size, run_network
+from featcache.runtime import run_network
 
 MODEL_JSON = "model.json"
 MODEL_TENSORS = "model.safetensors"
@@ -55,23 +55,25 @@ class Classifier:
         batch_size: int | None = None,
         workers: int | None = None,
         progress: Progress = SILENT,
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[BadImage]]]:
-        """Predict image files, batch by batch.
+    ) -> tuple[NDArray[np.float64], list[BadImage]]:
+        """Predict image files.
 
-        Yields
-        ------
-        rows
-            (B,) int64, which of the paths these are.
+        Returns
+        -------
         probabilities
-            (B, C) float64.
+            (N, C) float64; NaN where the file could not be used.
         bad
-            Files that could not be used.
+            Those files.
         """
         rows = ImageRows(root, paths, transform=make_evaluation_transform(self.preprocessing))
-        loader = make_loader(rows, batch_size=batch_size or choose_batch_size(device), workers=workers)
-        batches = progress.track(loader, total=len(paths), what="predicting")
-        for which, logits, bad in run_network(self.network, batches, device):
-            yield which, to_probabilities(logits) if len(which) else np.empty((0, len(self.classes))), bad
+        probabilities = np.full((len(paths), len(self.classes)), np.nan)
+        bad: list[BadImage] = []
+        outputs = run_network(self.network, rows, device=device, batch_size=batch_size, workers=workers)
+        for output in progress.track(outputs, total=len(paths), what="predicting"):
+            if len(output.rows):
+                probabilities[output.rows] = to_probabilities(output.values)
+            bad += output.bad
+        return probabilities, bad
 
 
 def save_head(folder: Path, head: LinearHead, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:

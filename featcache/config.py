@@ -13,6 +13,7 @@ from featcache.errors import SettingsError
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 SOLVERS = ("sklearn", "torch")
+RUNTIMES = ("auto", "eager", "fused")
 BATCH_NORMS = ("auto", "train", "fixed")
 
 
@@ -48,6 +49,8 @@ class ExtractConfig(Settings):
         Processes that decode images beside this one; None chooses from the machine.
     device
         Where the network runs; "auto" is CUDA where there is one, else the CPU.
+    runtime
+        How it runs there: "eager", "fused" or "auto" (see `featcache.runtime`).
     val_fraction
         Share of the images that validates, where the folder has no split of its own.
     seed
@@ -65,12 +68,14 @@ class ExtractConfig(Settings):
     batch_size: int | None = None
     workers: int | None = None
     device: str = "auto"
+    runtime: str = "auto"
     val_fraction: float = 0.2
     seed: int = 0
     skip_bad: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")

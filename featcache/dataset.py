@@ -279,6 +279,18 @@ def describe_data(listing: Listing) -> dict[str, Any]:
     }
 
 
+def summarise(listing: Listing) -> list[str]:
+    """What a person should know of a listing before it is worked on: counts, what was ignored, leakage."""
+    counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
+    lines = [f"{listing.root}: {counts} images, {len(listing.classes)} classes"]
+    if listing.ignored:
+        lines.append(f"{len(listing.ignored)} files are not images, ignored: {_name_some(listing.ignored)}")
+    if shared := find_shared_images(listing):
+        examples = _name_some([" = ".join(paths) for paths in shared.values()])
+        lines.append(f"WARNING: leakage: {len(shared)} images are in more than one split: {examples}")
+    return lines
+
+
 def find_shared_images(listing: Listing) -> dict[str, list[str]]:
     """Images whose very bytes are in more than one split: digest to paths. They leak answers."""
     where: dict[str, dict[str, list[str]]] = {}
@@ -376,6 +388,11 @@ def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def _has_folders(folder: Path) -> bool:
     return any(entry.is_dir() for entry in _sorted_entries(folder))
+
+
+def _name_some(names: Sequence[str], at_most: int = 3) -> str:
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
 
 def _relative(path: Path, root: Path) -> str:

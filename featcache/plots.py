@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 Pictures = NDArray[np.float32]
@@ -53,7 +53,7 @@ def draw_selection(candidates: Sequence[Mapping[str, float]], chosen: float, tit
         axes.semilogx(values, [row[what] for row in candidates], "o-", ms=4, color=COLOURS[0])
         axes.axvline(chosen, color=COLOURS[1], lw=1, ls="--", label=f"chosen: C = {chosen:g}")
         _label(axes, "C (weaker penalty to the right)", f"held-out {name}")
-    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     figure.axes[0].legend(frameon=False)
     return figure
 
@@ -111,6 +111,8 @@ def draw_accuracy_against_time(arms: Sequence[Mapping[str, Any]]) -> Figure:
         )
     axes.set_xscale("log")
     axes.margins(x=0.25)
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _label(axes, "total seconds, extraction included (log scale)", "validation accuracy, 95 % interval")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))

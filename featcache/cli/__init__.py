@@ -19,6 +19,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -97,6 +98,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata: what matters is raised
     try:
         result = featcache.main(args=arguments, prog_name="featcache", standalone_mode=False)
         code = result if isinstance(result, int) else DONE

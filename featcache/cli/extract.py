@@ -20,7 +20,7 @@ from featcache.cli.common import (
     skip_bad_option,
     split_options,
 )
-from featcache.config import FEATURES_FILE
+from featcache.config import FEATURES_FILE, RUNTIMES, ExtractConfig
 
 
 @click.command("extract")
@@ -34,6 +34,12 @@ from featcache.config import FEATURES_FILE
     help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]",
 )
 @machine_options
+@option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default=ExtractConfig.runtime,
+    help="eager is the bit-exact reference, fused is faster on a CPU.",
+)
 @split_options()
 @skip_bad_option
 @force_option

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,12 @@ from featcache.cache import (
     write_cache,
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
-from featcache.dataset import Listing, find_shared_images, list_dataset
+from featcache.dataset import Listing, list_dataset, summarise
 from featcache.errors import BadImage, BadImagesError
-from featcache.images import ImageRows, make_evaluation_transform, make_loader
+from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
-from featcache.runtime import choose_batch_size, run_network, select_device
+from featcache.runtime import choose_runtime, run_network, select_device
 
 RowsByDigest = dict[str, NDArray[np.float32]]
 
@@ -109,7 +108,8 @@ def extract_features(
     config, output = ExtractConfig(**settings), Path(output)
     files.check_writable(output)
     listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
-    _say_listing(listing, progress)
+    for line in summarise(listing):
+        progress.say(line)
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     extractor = backbone.describe()
@@ -117,7 +117,8 @@ def extract_features(
     rows = read_reusable_rows(partial_path(output), hash_extractor(extractor))
     rows |= old.rows_by_digest() if old else {}
     known = len(rows)
-    _say_plan(decision, listing, rows, backbone, device, progress)
+    where = f"{device} ({choose_runtime(config.runtime, device)})"
+    _say_plan(decision, listing, rows, backbone, where, progress)
     bad = list(listing.bad)
     try:
         bad += compute_missing_rows(listing, rows, backbone, device, config, progress)
@@ -131,6 +132,7 @@ def extract_features(
         "seconds": spent + (old.provenance["seconds"] if old and len(rows) > known else 0.0),
         "peak_memory_bytes": memory.read(),
         "device": str(device),
+        "runtime": choose_runtime(config.runtime, device),
         "environment": describe_environment(),
         "bad": [list(item) for item in bad],
     }
@@ -181,17 +183,19 @@ def compute_missing_rows(
         transform=make_evaluation_transform(backbone.preprocessing),
         digests=digests,
     )
-    loader = make_loader(
-        source,
-        batch_size=config.batch_size or choose_batch_size(device),
-        workers=config.workers,
-        pin=device.type == "cuda",
-    )
     digest_by_path = dict(zip(source.paths, digests, strict=True))
     bad = []
-    batches = progress.track(loader, total=len(digests), what="extracting")
-    for which, features, failed in run_network(backbone.network, batches, device):
-        for row, values in zip(which.tolist(), features, strict=True):
+    outputs = run_network(
+        backbone.network,
+        source,
+        device=device,
+        runtime=config.runtime,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+    for output in progress.track(outputs, total=len(digests), what="extracting"):
+        failed = list(output.bad)
+        for row, values in zip(output.rows.tolist(), output.values, strict=True):
             if np.isfinite(values).all():
                 rows[digests[row]] = values
             else:
@@ -233,34 +237,18 @@ def _keep_partial(output: Path, cache: FeatureCache, progress: Progress) -> None
         progress.say(f"{len(cache)} rows kept in {partial_path(output)}; the same command goes on from there")
 
 
-def _say_listing(listing: Listing, progress: Progress) -> None:
-    counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
-    progress.say(f"{listing.root}: {counts} images, {len(listing.classes)} classes")
-    if listing.ignored:
-        progress.say(f"not images, ignored: {_name_some(listing.ignored)}")
-    if shared := find_shared_images(listing):
-        examples = _name_some([" = ".join(paths) for paths in shared.values()])
-        progress.say(f"WARNING: leakage: {len(shared)} images are in more than one split: {examples}")
-
-
 def _say_plan(
     decision: str,
     listing: Listing,
     rows: RowsByDigest,
     backbone: Backbone,
-    device: torch.device,
+    where: str,
     progress: Progress,
 ) -> None:
     wanted = {digest for split in listing.splits.values() for digest in split.digests}
     todo = len(wanted - set(rows))
-    where = "CPU" if device.type == "cpu" else str(device)
     verb = {"create": "new cache", "reuse": "cache of the same extractor", "replace": "old cache replaced"}[decision]
     progress.say(
         f"{backbone.name}, weights {backbone.weights['name']}, {backbone.width} features, {where}; {verb}, "
         f"{todo} images to compute"
     )
-
-
-def _name_some(names: Sequence[str], at_most: int = 3) -> str:
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more

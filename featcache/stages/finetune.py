@@ -16,7 +16,7 @@ from featcache import files
 from featcache.backbones import Backbone, attach_classifier, load_backbone
 from featcache.bundle import save_network
 from featcache.config import RUNS_DIR, FinetuneConfig
-from featcache.dataset import Listing, Split, describe_data, list_dataset
+from featcache.dataset import Listing, Split, describe_data, list_dataset, summarise
 from featcache.errors import BadImage, BadImagesError, DatasetError
 from featcache.images import (
     ImageRows,
@@ -40,7 +40,7 @@ from featcache.runs import (
     write_history,
     write_record,
 )
-from featcache.runtime import choose_batch_size, run_network, select_device
+from featcache.runtime import run_network, select_device
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
 from featcache.training import (
     Epoch,
@@ -141,6 +141,8 @@ def finetune(
     config, output = FinetuneConfig(**settings), Path(output)
     files.check_folder_writable(output.parent, output)
     listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
+    for line in summarise(listing):
+        progress.say(line)
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     listing, bad = leave_out_bad(listing, config, progress)
@@ -308,12 +310,11 @@ def predict_split(trainee: Trainee, split: Split) -> Predictions:
     rows = ImageRows(
         trainee.listing.root, split.paths, transform=make_evaluation_transform(trainee.backbone.preprocessing)
     )
-    loader = make_loader(rows, batch_size=choose_batch_size(trainee.device), workers=trainee.config.workers)
     logits = np.empty((len(split), len(trainee.listing.classes)), dtype=np.float32)
-    for which, outputs, bad in run_network(trainee.network, loader, trainee.device):
-        if bad:
-            raise BadImagesError(bad)
-        logits[which] = outputs
+    for output in run_network(trainee.network, rows, device=trainee.device, workers=trainee.config.workers):
+        if output.bad:
+            raise BadImagesError(output.bad)
+        logits[output.rows] = output.values
     return make_predictions(split, to_probabilities(logits))
 
 

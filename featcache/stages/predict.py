@@ -71,18 +71,17 @@ def predict(
     paths = expand_paths(images)
     chosen_device = select_device(device)
     classifier = load_classifier(run)
-    found: dict[int, Prediction] = {}
-    bad: list[BadImage] = []
-    for rows, probabilities, failed in classifier.predict_files(
+    probabilities, bad = classifier.predict_files(
         paths, device=chosen_device, batch_size=batch_size, workers=workers, progress=progress
-    ):
-        for row, one in zip(rows.tolist(), probabilities, strict=True):
-            best = int(np.argmax(one))
-            found[row] = Prediction(path=paths[row], label=classifier.classes[best], probability=float(one[best]))
-        bad += failed
-    if bad and not found:
+    )
+    if len(bad) == len(paths):
         raise BadImagesError(bad)
-    return [found[row] for row in sorted(found)], bad
+    predictions = [
+        Prediction(path=path, label=classifier.classes[int(np.argmax(one))], probability=float(one.max()))
+        for path, one in zip(paths, probabilities, strict=True)
+        if np.isfinite(one).all()
+    ]
+    return predictions, bad
 
 
 def expand_paths(images: Sequence[Path | str]) -> list[str]:

@@ -1,0 +1,120 @@
+"""What caching is worth, measured in one process on a folder of images.
+
+    python scripts/bench/headline.py DATA --backbone efficientnet_lite0 --whole-job
+
+One epoch of fine-tuning, one epoch of the last layer through the frozen network without a cache, one epoch of the same
+head on cached features, a whole stage 2, and with --whole-job the 25-epoch head job both ways, run for real. An epoch is
+training and validation, by the classic recipe (SGD, batches of 4). Seconds depend on the machine; the ratios are the point.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import torch
+from torch import nn
+
+import featcache
+from featcache.backbones import load_backbone
+from featcache.config import ExtractConfig, FinetuneConfig, HeadConfig
+from featcache.dataset import Listing, list_dataset
+from featcache.heads import fit_head
+from featcache.progress import SILENT
+from featcache.stages.finetune import prepare_network, train_network
+from featcache.training import Recipe, TensorBatches, set_mode_frozen, train
+
+CPU = torch.device("cpu")
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def train_on_images(listing: Listing, config: FinetuneConfig) -> Callable[[], object]:
+    """A job that trains for the config's epochs, its network made ready beforehand."""
+    backbone = load_backbone(config.backbone, weights=config.weights)
+    trainee = prepare_network(listing, backbone, config, CPU)
+    return lambda: train_network(trainee, SILENT)
+
+
+def train_on_features(cache: featcache.FeatureCache, config: FinetuneConfig) -> Callable[[], object]:
+    """The same steps on cached features: same loss, optimiser, schedule and batch size."""
+    batches = {
+        name: TensorBatches(
+            torch.from_numpy(split.features),
+            torch.from_numpy(split.listing.labels),
+            config.batch_size,
+            shuffle=name == "train",
+        )
+        for name, split in cache.splits.items()
+    }
+    head = nn.Linear(cache.dim, len(cache.classes))
+    optimizer = torch.optim.SGD(head.parameters(), lr=config.lr, momentum=config.momentum)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
+    recipe = Recipe(optimizer=optimizer, scheduler=scheduler, epochs=config.epochs, set_training_mode=set_mode_frozen)
+    return lambda: train(head, batches["train"], batches["val"], recipe)
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--backbone", default=ExtractConfig.backbone, show_default=True)
+@click.option("--weights", default=ExtractConfig.weights, show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Each figure is the median of so many.")
+@click.option("--whole-job", is_flag=True, help="Also run the 25-epoch head job through the frozen network (minutes).")
+def main(data: Path, backbone: str, weights: str, rounds: int, whole_job: bool) -> None:
+    listing = list_dataset(data)
+    one_epoch = FinetuneConfig(backbone=backbone, weights=weights, epochs=1)
+    job = replace(one_epoch, epochs=25)
+    frozen, frozen_job = (replace(config, freeze=True) for config in (one_epoch, job))
+    figures: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        features = Path(folder) / "features.h5"
+
+        def extract() -> None:
+            featcache.extract_features(data, features, backbone=backbone, weights=weights, force=True)
+
+        for _ in range(rounds):  # interleaved, so that a slow minute of the machine hits every figure alike
+            features.unlink(missing_ok=True)
+            figures.setdefault("extraction", []).append(timed(extract))
+            cache = featcache.read_cache(features)
+            train_rows = cache.splits["train"]
+            jobs = {
+                "fine-tune epoch": train_on_images(listing, one_epoch),
+                "frozen epoch, no cache": train_on_images(listing, frozen),
+                "head epoch on cached features": train_on_features(cache, one_epoch),
+                "25 head epochs on cached features": train_on_features(cache, job),
+                "whole stage 2, C chosen": lambda rows=train_rows: fit_head(
+                    rows.features, rows.listing.labels, len(listing.classes), HeadConfig()
+                ),
+            }
+            for name, work in jobs.items():
+                figures.setdefault(name, []).append(timed(work))
+        median = {name: statistics.median(values) for name, values in figures.items()}
+        frozen_seconds = 25 * median["frozen epoch, no cache"]
+        how = "25 times one epoch"
+        if whole_job:
+            frozen_seconds, how = timed(train_on_images(listing, frozen_job)), "run once, for real"
+
+    cached_seconds = median["extraction"] + median["25 head epochs on cached features"]
+    counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
+    print(f"{backbone}, weights {weights}, {counts} images, {torch.get_num_threads()} threads, median of {rounds}")
+    for name, values in figures.items():
+        print(f"  {name:36s} {median[name]:10.4f} s   ({min(values):.4f} to {max(values):.4f})")
+    epoch = median["head epoch on cached features"]
+    print(f"one cached head epoch against one fine-tune epoch        x {median['fine-tune epoch'] / epoch:8.0f}")
+    print(f"one cached head epoch against one frozen epoch           x {median['frozen epoch, no cache'] / epoch:8.0f}")
+    print(f"25-epoch head job, extraction included                     {cached_seconds:8.2f} s")
+    print(f"25-epoch head job through the frozen network               {frozen_seconds:8.2f} s  ({how})")
+    print(f"the same job, cached against not                         x {frozen_seconds / cached_seconds:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
