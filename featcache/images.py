@@ -36,6 +36,7 @@ from featcache.files import hash_bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 178_956_970  # Pillow's own limit of a decompression bomb: 0.5 GB as RGB
+ORIENTATION_TAG = 0x0112
 RULES = "pillow; exif applied; alpha on white; 16-bit / 257; first frame"
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -305,6 +306,8 @@ def _check_size(width: int, height: int) -> None:
 
 def _orient(image: Image.Image) -> Image.Image:
     try:
+        if image.getexif().get(ORIENTATION_TAG, 1) == 1:  # as most are: transposing would copy them all the same
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001 - a damaged EXIF block raises anything; the pixels are there all the same
         return image
@@ -312,6 +315,8 @@ def _orient(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that Pillow decodes to 8-bit RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         return _scale_16_bit(image)
     if image.mode == "F":

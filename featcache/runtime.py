@@ -14,11 +14,13 @@ auto       fused on a CPU, eager elsewhere
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,12 +131,33 @@ def run_network(
         eager: processes that decode; fused: threads that decode and forward. None chooses from the cores.
     """
     network.eval().to(device)  # NOTE: eval() before features, or BatchNorm drifts
+    if device.type == "cpu":
+        keep_freed_memory()
     size = batch_size or choose_batch_size(device)
     if choose_runtime(runtime, device) == "fused":
         yield from _run_on_cores(fuse_network(network, rows), rows, size, count_cores() if workers is None else workers)
         return
     for batch in make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda"):
         yield _forward(network, batch, device)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to keep freed memory instead of giving it back to the system, for the whole process.
+
+    Activations of a few MB are otherwise returned and fetched again at every layer, a page fault every 4 kB. Measured
+    on 2 cores: EfficientNet-Lite0 in batches of 4 from 22 to 17 ms per core and image (2,400 page faults an image less), in
+    batches of 8 from 35 to 16; ResNet18 the same as before. Other allocators are left alone.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):  # no glibc, no mallopt
+        libc = ctypes.CDLL(None)
+        if not libc.mallopt(m_mmap_threshold, 1 << 30):
+            libc.mallopt(m_mmap_threshold, 1 << 25)  # the most that older versions take
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def fuse_network(network: nn.Module, rows: ImageRows) -> nn.Module:
@@ -236,7 +259,7 @@ def _forward(network: nn.Module, batch: Batch, device: torch.device) -> Outputs:
     return Outputs(batch.rows.numpy(), values, batch.bad)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_core_each() -> Iterator[None]:
     """One thread inside each operator: the threads outside have a core each already."""
     before = torch.get_num_threads()

@@ -40,7 +40,7 @@ from featcache.runs import (
     write_history,
     write_record,
 )
-from featcache.runtime import run_network, select_device
+from featcache.runtime import keep_freed_memory, run_network, select_device
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
 from featcache.training import (
     Epoch,
@@ -211,6 +211,8 @@ def prepare_network(listing: Listing, backbone: Backbone, config: FinetuneConfig
     """
     if len(listing.classes) < 2:
         raise DatasetError(f"a classifier needs at least 2 classes; {listing.root} has {len(listing.classes)}")
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     network = attach_classifier(backbone, backbone.make_classifier(len(listing.classes)))
     network.requires_grad_(not config.freeze)

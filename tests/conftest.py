@@ -1,0 +1,159 @@
+"""What the tests share: generated images, a tiny backbone, the command line in this process, the real photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featcache.backbones.base import WeightsFile
+from featcache.errors import WeightsUnavailableError
+from featcache.images import Preprocessing
+
+COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
+
+
+def draw_photo(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A noisy picture of one colour: easy to tell apart, never twice the same bytes."""
+    noise = np.random.default_rng(seed).integers(-40, 40, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+
+
+def fill_class(folder: Path, colour: tuple[int, int, int], n: int, seed: int) -> None:
+    """n JPEG files in a class folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        draw_photo(colour, seed + i).save(folder / f"photo_{i:03d}.jpg", quality=90)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """DATA/{train,val}/{blue,red}: 6 + 3 generated photographs of each class."""
+    root = tmp_path / "photos"
+    for s, (split, n) in enumerate({"train": 6, "val": 3}.items()):
+        for c, name in enumerate(("blue", "red")):
+            fill_class(root / split / name, COLOURS[name], n, seed=1000 * s + 100 * c)
+    return root
+
+
+@pytest.fixture
+def flat_photos(tmp_path: Path) -> Path:
+    """DATA/{blue,green,red}: 20 generated photographs of each class, no split folders."""
+    root = tmp_path / "flat"
+    for c, (name, colour) in enumerate(COLOURS.items()):
+        fill_class(root / name, colour, 20, seed=5000 + 100 * c)
+    return root
+
+
+class TinyNetwork(nn.Module):
+    """A convolution, a BatchNorm, a pool and a classifier: everything that matters, in microseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.norm(self.conv(images))).mean((2, 3)))
+
+
+class TinyFamily:
+    """A family of backbones like any other, with one network, "tiny", of 8 features from 16 x 16 pixels."""
+
+    calls = 0  # forward passes of all tiny networks, in images
+
+    def list_names(self) -> list[str]:
+        return ["tiny"]
+
+    def make_network(self, name: str) -> nn.Module:
+        network = TinyNetwork()
+        network.conv.register_forward_hook(self._count)
+        return network
+
+    def name_classifier(self, name: str) -> str:
+        return "fc"
+
+    def read_default_weights(self, name: str) -> WeightsFile:
+        raise WeightsUnavailableError("tiny has no default weights")
+
+    def describe_preprocessing(self, name: str) -> Preprocessing:
+        return Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+    def describe_batch_norm(self, name: str) -> tuple[str, str]:
+        return "train", "tiny's BatchNorm follows the batches"
+
+    @classmethod
+    def _count(cls, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        cls.calls += len(inputs[0])
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
+    """Make the backbone "tiny" known (use it with weights="none"), its forward passes counted from 0."""
+    import featcache.backbones
+
+    monkeypatch.setattr(featcache.backbones, "FAMILIES", (*featcache.backbones.FAMILIES, TinyFamily()))
+    TinyFamily.calls = 0
+    return TinyFamily
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run `featcache ARGUMENTS...` in this process, in an empty folder: exit code, stdout, stderr."""
+    from featcache.cli import run
+
+    (tmp_path / "cwd").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    for name in [name for name in os.environ if name.startswith("FEATCACHE_")]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments: str | Path) -> Outcome:
+        capfd.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+def find_real_data(name: str) -> Path:
+    """A set of real photographs, or a skip that says why."""
+    folder = Path(os.environ.get("FEATCACHE_TEST_DATA", "../shared/data")).resolve() / name
+    if not folder.is_dir():
+        pytest.skip(f"no real photographs at {folder}: set FEATCACHE_TEST_DATA to the folder that holds {name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hymenoptera() -> Path:
+    """The real ants and bees: 244 + 153 photographs and a stray GIF."""
+    return find_real_data("hymenoptera_data")
+
+
+@pytest.fixture(scope="session")
+def imagenette() -> Path:
+    """Ten classes of ImageNet, 200 + 50 photographs each."""
+    return find_real_data("imagenette160_subset")
