@@ -29,7 +29,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     """Training and validation loss and accuracy by epoch."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     epochs = [row["epoch"] for row in history]
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
@@ -45,7 +45,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
 def draw_selection(candidates: Sequence[Mapping[str, float]], chosen: float, title: str) -> Figure:
     """Cross-validated log loss and accuracy against C."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(_plain(title))
     values = [row["C"] for row in candidates]
     for axes, what, name in zip(
         figure.subplots(1, 2), ("cv_log_loss", "cv_accuracy"), ("log loss (nats)", "accuracy"), strict=True
@@ -68,11 +68,12 @@ def draw_confusions(
     for axes, (title, counts) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_title(title)
+        axes.set_title(_plain(title, int(10 * side)), fontsize=11)
         axes.set(xlabel="predicted", ylabel="true")
         if n <= max_labels:
-            axes.set_xticks(range(n), classes, rotation=0 if n <= 3 else 90)
-            axes.set_yticks(range(n), classes)
+            names = [_plain(name, 16) for name in classes]
+            axes.set_xticks(range(n), names, rotation=0 if n <= 3 else 90)
+            axes.set_yticks(range(n), names)
         if n <= 20:
             for row, column in np.ndindex(n, n):
                 if counts[row, column]:
@@ -107,7 +108,7 @@ def draw_accuracy_against_time(arms: Sequence[Mapping[str, Any]]) -> Figure:
             ms=8,
             capsize=5,
             color=COLOURS[i % len(COLOURS)],
-            label=f"{arm['name']}: {value:.1%} in {arm['seconds']:,.1f} s",
+            label=f"{_plain(arm['name'])}: {value:.1%} in {arm['seconds']:,.1f} s",
         )
     axes.set_xscale("log")
     axes.margins(x=0.25)
@@ -125,17 +126,17 @@ def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], line
     axes = figure.subplots()
     colours = iter(COLOURS * (1 + (len(histories) + len(lines)) // len(COLOURS)))
     for name, value in lines.items():
-        axes.axhline(value, color=next(colours), ls="--", label=f"{name} (no epochs)")
+        axes.axhline(value, color=next(colours), ls="--", label=f"{_plain(name)} (no epochs)")
     for name, history in histories.items():
         colour = next(colours)
         epochs = [row["epoch"] for row in history]
-        axes.plot(epochs, [row["val_accuracy"] for row in history], "o-", ms=4, color=colour, label=name)
+        axes.plot(epochs, [row["val_accuracy"] for row in history], "o-", ms=4, color=colour, label=_plain(name))
         axes.plot(
             epochs,
             [row["train_accuracy"] for row in history],
             ":",
             color=colour,
-            label=f"{name}, training (augmented)",
+            label=f"{_plain(name)}, training (augmented)",
         )
     _label(axes, "epoch", "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -152,7 +153,7 @@ def draw_grid(
     rows = math.ceil(len(pictures) / columns)
     figure = Figure(figsize=(2.3 * columns, 2.6 * rows + (0.5 if heading else 0)), layout="constrained")
     if heading:
-        figure.suptitle(heading)
+        figure.suptitle(_plain(heading))
     grid = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
     for i, axes in enumerate(grid):
         axes.axis("off")
@@ -160,8 +161,13 @@ def draw_grid(
             continue
         axes.imshow(pictures[i])
         colour = INK if right is None else (RIGHT if right[i] else WRONG)
-        axes.set_title(titles[i], fontsize=9, color=colour)
+        axes.set_title(_plain(titles[i]), fontsize=9, color=colour)
     return figure
+
+
+def _plain(text: str, at_most: int = 1000) -> str:
+    """A name as it is, not as a formula; of a long one the end, which is what tells names apart."""
+    return (text if len(text) <= at_most else "..." + text[3 - at_most :]).replace("$", r"\$")
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -145,7 +145,7 @@ def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep freed memory instead of giving it back to the system, for the whole process.
 
     Activations of a few MB are otherwise returned and fetched again at every layer, a page fault every 4 kB. Measured
-    on 2 cores: EfficientNet-Lite0 in batches of 4 from 22 to 17 ms per core and image (2,400 page faults an image less), in
+    on 2 cores: EfficientNet-Lite0 in batches of 4 from 22 to 17 ms per core and image (2,400 page faults fewer), in
     batches of 8 from 35 to 16; ResNet18 the same as before. Other allocators are left alone.
 
     Source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.

@@ -99,6 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata: what matters is raised
+    warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the plots' font lacks
     try:
         result = featcache.main(args=arguments, prog_name="featcache", standalone_mode=False)
         code = result if isinstance(result, int) else DONE

@@ -20,14 +20,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Option(click.Option):
-    """An option that also reads FEATCACHE_<NAME>, after click's own FEATCACHE_<COMMAND>_<NAME>."""
+    """An option that is also read from FEATCACHE_<COMMAND>_<OPTION>, and after it from FEATCACHE_<OPTION>."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The value from the environment, the command's own variable first."""
-        value = super().resolve_envvar_value(ctx)
-        if value is None and self.name:
-            value = os.environ.get(f"FEATCACHE_{self.name.upper()}") or None
-        return value
+        """The value from the environment, the command's own variable first; an empty one is as good as none."""
+        name = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        for prefix in (ctx.auto_envvar_prefix, "FEATCACHE"):
+            if prefix and (value := os.environ.get(f"{prefix}_{name}")):
+                return value
+        return None
 
 
 def option(*names: str, **attributes: Any) -> Decorator:

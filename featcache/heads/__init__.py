@@ -223,7 +223,8 @@ def fit_standardised(
     bias = solution.intercept - weight @ scaler.mean_
     if len(weight) == 1:  # two classes, one vector: the softmax of (-f/2, f/2) is the logistic function of f
         weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return LinearHead(weight=weight.astype(np.float32), bias=bias.astype(np.float32)), solution
+    head = LinearHead(weight=np.ascontiguousarray(weight, np.float32), bias=np.ascontiguousarray(bias, np.float32))
+    return head, solution
 
 
 def load_solver(name: str) -> Solver:

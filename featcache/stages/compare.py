@@ -238,9 +238,17 @@ def load_arms(runs: Sequence[Path]) -> list[Arm]:
 
 
 def name_arms(runs: Sequence[Path]) -> list[str]:
-    """Each run's folder name, or its whole path where names repeat."""
-    names = [path.resolve().name for path in runs]
-    return [str(path) if names.count(name) > 1 else name for path, name in zip(runs, names, strict=True)]
+    """Each run's folder name, with as many folders in front as it takes to tell all apart.
+
+    >>> name_arms([Path("/a/one/head"), Path("/a/two/head")])
+    ['one/head', 'two/head']
+    """
+    parts = [path.resolve().parts for path in runs]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-n:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({i})" for i, path in enumerate(runs, 1)]  # a run given twice
 
 
 def draw_comparison(folder: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]]) -> None:

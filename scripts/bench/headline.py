@@ -2,10 +2,10 @@
 
     python scripts/bench/headline.py DATA --backbone efficientnet_lite0 --whole-job
 
-One epoch of fine-tuning, one of the last layer through the frozen network without a cache, one of the same head on cached
-features, a whole stage 2, and with --whole-job the 25-epoch head job, run for real. An epoch is training and validation
-by the classic recipe (SGD, batches of 4). "Without a cache" is shown twice: as featcache itself trains a frozen network,
-and as PyTorch's tutorial writes that loop. Seconds depend on the machine; the ratios count.
+One epoch of fine-tuning, one of the last layer through the frozen network without a cache, one of the same head on
+cached features, a whole stage 2, and with --whole-job the 25-epoch head job, run for real. An epoch is training and
+validation by the classic recipe (SGD, batches of 4). "Without a cache" is shown twice: as featcache itself trains a
+frozen network, and as PyTorch's tutorial writes that loop. Seconds depend on the machine; the ratios count.
 """
 
 from __future__ import annotations

@@ -1,0 +1,223 @@
+"""featcache.stages.extract: stage 1, seen from outside."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import COLOURS, TinyFamily, draw_photo
+
+import featcache
+from featcache.cache import partial_path
+from featcache.errors import BadImagesError, CacheError, OutputError, StaleCacheError
+from featcache.progress import Progress
+
+TINY = {"backbone": "tiny", "weights": "none"}
+
+
+class Listener(Progress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def features_by_path(path: Path) -> dict[str, bytes]:
+    with h5py.File(path) as file:
+        return {
+            name.decode(): row.tobytes()
+            for split in ("train", "val")
+            for name, row in zip(file[f"{split}/paths"][:], file[f"{split}/features"][:], strict=True)
+        }
+
+
+def test_every_image_becomes_one_row_in_its_split(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    extraction = featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert (len(extraction.cache), extraction.computed, extraction.reused) == (18, 18, 0)
+    assert extraction.cache.splits["train"].features.shape == (12, 8)
+    assert extraction.cache.splits["val"].listing.paths[0] == "val/blue/photo_000.jpg"
+    assert extraction.cache.splits["val"].listing.labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_second_run_on_unchanged_data_makes_no_forward_pass(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    tiny.calls, before = 0, (tmp_path / "f.h5").stat().st_mtime_ns
+    extraction = featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert (tiny.calls, extraction.computed, extraction.reused) == (0, 0, 18)
+    assert (tmp_path / "f.h5").stat().st_mtime_ns == before
+
+
+def test_moving_renaming_and_relabelling_make_no_forward_pass(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    moved = photos.rename(tmp_path / "elsewhere")
+    (moved / "train/blue/photo_000.jpg").rename(moved / "train/blue/zebra.jpg")
+    (moved / "train/red/photo_001.jpg").rename(moved / "val/blue/moved.jpg")
+    tiny.calls = 0
+    extraction = featcache.extract_features(moved, tmp_path / "f.h5", **TINY)
+    assert (tiny.calls, extraction.computed) == (0, 0)
+    assert "val/blue/moved.jpg" in extraction.cache.splits["val"].listing.paths
+
+
+def test_one_changed_image_costs_one_forward_pass(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    before = features_by_path(tmp_path / "f.h5")
+    draw_photo((200, 200, 20), 99).save(photos / "train/red/photo_002.jpg")
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 1
+    after = features_by_path(tmp_path / "f.h5")
+    assert [path for path in before if before[path] != after[path]] == ["train/red/photo_002.jpg"]
+
+
+def test_the_same_bytes_twice_are_computed_once(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    shutil.copy(photos / "train/red/photo_002.jpg", photos / "train/red/copy.jpg")
+    extraction = featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert (len(extraction.cache), extraction.computed) == (19, 18)
+
+
+def test_the_same_bytes_in_train_and_val_are_said_loudly(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    shutil.copy(photos / "train/red/photo_002.jpg", photos / "val/red/copy.jpg")
+    listener = Listener()
+    featcache.extract_features(photos, tmp_path / "f.h5", progress=listener, **TINY)
+    assert any("leakage" in line and "val/red/copy.jpg" in line for line in listener.lines)
+
+
+@pytest.mark.parametrize("runtime", ["eager", "fused"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_rows_do_not_depend_on_how_they_are_computed(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], runtime: str, workers: int, batch_size: int
+) -> None:
+    reference = featcache.extract_features(photos, tmp_path / "a.h5", runtime="eager", **TINY)
+    other = featcache.extract_features(
+        photos, tmp_path / "b.h5", runtime=runtime, workers=workers, batch_size=batch_size, **TINY
+    )
+    for name, split in reference.cache.splits.items():
+        np.testing.assert_allclose(other.cache.splits[name].features, split.features, rtol=1e-4, atol=1e-6)
+
+
+def test_other_weights_are_refused_with_what_differs(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    content = (tmp_path / "f.h5").read_bytes()
+    with pytest.raises(StaleCacheError, match=r"weights: \w{8}\.\.\. -> \w{8}\.\.\..*--force"):
+        featcache.extract_features(photos, tmp_path / "f.h5", seed=1, **TINY)
+    assert (tmp_path / "f.h5").read_bytes() == content
+
+
+def test_force_replaces_a_cache_of_another_extractor(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert featcache.extract_features(photos, tmp_path / "f.h5", seed=1, force=True, **TINY).computed == 18
+
+
+def test_a_file_that_is_no_cache_is_never_overwritten(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    (tmp_path / "f.h5").write_text("my thesis")
+    with pytest.raises(CacheError, match="cannot be read as a feature cache"):
+        featcache.extract_features(photos, tmp_path / "f.h5", force=True, **TINY)
+    assert (tmp_path / "f.h5").read_text() == "my thesis"
+
+
+def test_a_bad_image_stops_nothing_and_its_mending_costs_one_pass(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    bad = photos / "train/blue/photo_003.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(good[:300])
+    with pytest.raises(BadImagesError, match=r"train/blue/photo_003.jpg: damaged image"):
+        featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert not (tmp_path / "f.h5").exists()
+    bad.write_bytes(good)
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 1
+    assert not partial_path(tmp_path / "f.h5").exists()
+
+
+def test_skip_bad_leaves_out_and_records_it(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    (photos / "val/red/photo_001.jpg").write_text("not an image")
+    extraction = featcache.extract_features(photos, tmp_path / "f.h5", skip_bad=True, **TINY)
+    assert [path for path, _ in extraction.bad] == ["val/red/photo_001.jpg"]
+    cache = featcache.read_cache(tmp_path / "f.h5")
+    assert cache.splits["val"].listing.paths == (
+        "val/blue/photo_000.jpg",
+        "val/blue/photo_001.jpg",
+        "val/blue/photo_002.jpg",
+        "val/red/photo_000.jpg",
+        "val/red/photo_002.jpg",
+    )
+    assert cache.provenance["bad"] == [["val/red/photo_001.jpg", "not an image of a known format"]]
+
+
+def test_an_interruption_keeps_what_was_computed(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(Listener):
+        def track(self, items, *, total, what, unit="img"):
+            for n, item in enumerate(items):
+                if what == "extracting" and n == 3:
+                    raise KeyboardInterrupt
+                yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        featcache.extract_features(photos, tmp_path / "f.h5", progress=Interrupting(), **TINY)
+    assert not (tmp_path / "f.h5").exists()
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 18 - 3 * 4
+
+
+def test_an_image_that_changes_while_it_is_worked_on_is_a_bad_one(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    class Meddling(Listener):
+        def say(self, line: str) -> None:
+            if "to compute" in line:
+                draw_photo(COLOURS["green"], 7).save(photos / "train/blue/photo_003.jpg")
+
+    with pytest.raises(BadImagesError, match=r"photo_003.jpg: changed while"):
+        featcache.extract_features(photos, tmp_path / "f.h5", progress=Meddling(), **TINY)
+
+
+def test_features_that_are_not_numbers_are_never_stored(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from conftest import TinyNetwork
+
+    def forward(self: TinyNetwork, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)).repeat(1, 3)[:, :8].log()  # of negative means: NaN
+
+    monkeypatch.setattr(TinyNetwork, "forward", forward)
+    with pytest.raises(BadImagesError, match="not finite numbers"):
+        featcache.extract_features(photos, tmp_path / "f.h5", runtime="eager", **TINY)
+
+
+def test_a_flat_folder_is_split_and_keeps_its_split_when_it_grows(
+    flat_photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    first = featcache.extract_features(flat_photos, tmp_path / "f.h5", **TINY)
+    for i in range(10):
+        draw_photo(COLOURS["red"], 900 + i).save(flat_photos / f"red/new_{i}.jpg")
+    second = featcache.extract_features(flat_photos, tmp_path / "f.h5", **TINY)
+    assert second.computed == 10
+    for name, split in first.cache.splits.items():
+        assert set(split.listing.paths) <= set(second.cache.splits[name].listing.paths)
+
+
+@pytest.mark.parametrize("output", ["photos", "file/f.h5"])
+def test_an_output_that_cannot_be_written_fails_before_any_work(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], output: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        featcache.extract_features(photos, tmp_path / output, **TINY)
+    assert tiny.calls == 0
+
+
+def test_a_split_test_folder_becomes_rows_too(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    shutil.copytree(photos / "val", photos / "test")
+    cache = featcache.extract_features(photos, tmp_path / "f.h5", **TINY).cache
+    assert {name: len(split) for name, split in cache.splits.items()} == {"train": 12, "val": 6, "test": 6}
