@@ -1,4 +1,4 @@
-"""The whole job on the real ants and bees with really pretrained weights, in processes of its own, as a user types it."""
+"""The whole job on the real ants and bees with really pretrained weights, as a user types it."""
 
 from __future__ import annotations
 

@@ -11,13 +11,18 @@ from sklearn.linear_model import LogisticRegression
 
 from featcache.heads import Solution
 
-TOLERANCE = 1e-8  # largest gradient entry of the objective divided by C N; 1e-4, the default, is off by per cents
 MAX_ITERATIONS = 10_000
 
 
-def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
+def solve(
+    features: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    *,
+    C: float,  # noqa: N803 - the name that everybody knows it by
+    tolerance: float,
+) -> Solution:
     """Minimise the objective; see `featcache.heads.Solver`."""
-    model = LogisticRegression(C=C, solver="lbfgs", tol=TOLERANCE, max_iter=MAX_ITERATIONS)
+    model = LogisticRegression(C=C, solver="lbfgs", tol=tolerance, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(features, labels)

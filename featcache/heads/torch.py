@@ -10,11 +10,17 @@ from torch.nn import functional as F
 
 from featcache.heads import Solution
 
-TOLERANCE = 1e-8  # largest gradient entry of the objective divided by C N
-MAX_ITERATIONS = 2_000
+MAX_ITERATIONS = 10_000
+PRECISION = 1e-6  # gradient at which double precision may have nothing left to gain
 
 
-def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
+def solve(
+    features: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    *,
+    C: float,  # noqa: N803 - the name that everybody knows it by
+    tolerance: float,
+) -> Solution:
     """Minimise the objective; see `featcache.heads.Solver`.
 
     Source: D. C. Liu and J. Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical
@@ -29,8 +35,8 @@ def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MAX_ITERATIONS,
-        tolerance_grad=TOLERANCE,
-        tolerance_change=0.0,  # only the gradient says when to stop
+        tolerance_grad=tolerance,
+        tolerance_change=1e-14,  # a loss that no longer falls: double precision ends there
         history_size=20,
         line_search_fn="strong_wolfe",
     )
@@ -59,5 +65,5 @@ def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float)
         coefficients=weight.detach().numpy(),
         intercept=bias.detach().numpy(),
         iterations=int(optimizer.state[weight]["n_iter"]),
-        converged=gradient <= 10 * TOLERANCE,
+        converged=gradient <= max(tolerance, PRECISION),
     )
