@@ -284,10 +284,10 @@ def summarise(listing: Listing) -> list[str]:
     counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
     lines = [f"{listing.root}: {counts} images, {len(listing.classes)} classes"]
     if listing.ignored:
-        lines.append(f"{len(listing.ignored)} files are not images, ignored: {_name_some(listing.ignored)}")
+        lines.append(f"ignored, not an image by its name: {_name_some(listing.ignored)}")
     if shared := find_shared_images(listing):
         examples = _name_some([" = ".join(paths) for paths in shared.values()])
-        lines.append(f"WARNING: leakage: {len(shared)} images are in more than one split: {examples}")
+        lines.append(f"WARNING: leakage, the same image in more than one split ({len(shared)} in all): {examples}")
     return lines
 
 

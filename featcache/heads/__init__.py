@@ -1,4 +1,4 @@
-"""Linear heads on features: standardise, choose C on the training rows alone, fit, fold into one linear layer.
+"""Linear heads on features: choose C on the training rows alone, fit, fold into one linear layer.
 
 One module per solver (`sklearn`, `torch`), all minimising scikit-learn's objective on standardised features x:
 
@@ -12,17 +12,21 @@ from __future__ import annotations
 import importlib
 import time
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import HeadConfig
 from featcache.errors import DatasetError
-from featcache.metrics import to_probabilities
 from featcache.progress import SILENT, Progress
 
-Features = NDArray[np.float32] | NDArray[np.float64]
+if TYPE_CHECKING:
+    from featcache.heads.coordinates import Coordinates, Features
+    from featcache.heads.selection import Candidate
+
+SMALL = 4_000_000  # numbers in all, below which threads cost more than they bring; on a busy machine ten times more
+FINAL_TOLERANCE = 1e-8  # largest gradient entry of objective / (C N); scikit-learn's 1e-4 is off by per cents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class LinearHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What a solver found on standardised features.
+    """What a solver found.
 
     Attributes
     ----------
@@ -62,27 +66,8 @@ class Solution:
 class Solver(Protocol):
     """What a solver module's `solve` must look like."""
 
-    def __call__(
-        self,
-        features: NDArray[np.float64],
-        labels: NDArray[np.int64],
-        *,
-        C: float,  # noqa: N803 - the name that everybody knows it by
-        tolerance: float,
-    ) -> Solution:
-        """Minimise the objective on standardised features (N, D); labels 0..C-1 are all present.
-
-        `tolerance` is the largest gradient entry of the objective divided by C N at which to stop.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One value of C in the cross-validation: mean log loss and accuracy over the held-out rows."""
-
-    C: float
-    log_loss: float
-    accuracy: float
+    def __call__(self, features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
+        """Minimise the objective on features (N, D) as they are; labels 0..n_classes-1 are all present."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +100,8 @@ class FittedHead:
     fit_seconds: float
 
 
-FINAL_TOLERANCE = 1e-8  # scikit-learn's default, 1e-4, leaves coefficients off by per cents
-SELECTION_TOLERANCE = 1e-4  # enough to tell values of C apart, and five times faster
-FALLBACK_C = 0.01  # where nothing can be held out to choose it: strong, as few rows want it
-
-
 def fit_head(
-    features: Features,
-    labels: NDArray[np.int64],
-    n_classes: int,
-    config: HeadConfig,
-    progress: Progress = SILENT,
+    features: Features, labels: NDArray[np.int64], n_classes: int, config: HeadConfig, progress: Progress = SILENT
 ) -> FittedHead:
     """Fit a linear head.
 
@@ -151,14 +127,25 @@ def fit_head(
     DatasetError
         If there is only one class.
     """
+    from threadpoolctl import threadpool_limits
+
+    from featcache.heads.coordinates import fit_coordinates
+    from featcache.heads.selection import choose_c
+
     if n_classes < 2:
         raise DatasetError("a classifier needs at least 2 classes; the training split has 1")
+    solve = load_solver(config.solver)
     started = time.perf_counter()
-    chosen, candidates, selection = (
-        (config.C, (), "given") if config.C is not None else choose_c(features, labels, config, progress)
-    )
-    selected = time.perf_counter()
-    head, solution = fit_standardised(features, labels, load_solver(config.solver), chosen)
+    with threadpool_limits(1 if features.size < SMALL else None):
+        coordinates = fit_coordinates(features)
+        rotated = coordinates.transform(features)
+        ready = time.perf_counter()
+        chosen, candidates, selection = (
+            (config.C, (), "given") if config.C is not None else choose_c(rotated, labels, n_classes, config, progress)
+        )
+        selected = time.perf_counter()
+        solution = solve(rotated, labels, C=chosen)
+    head = make_head(solution, coordinates)
     return FittedHead(
         head=head,
         C=chosen,
@@ -166,77 +153,17 @@ def fit_head(
         selection=selection,
         converged=solution.converged,
         iterations=solution.iterations,
-        selection_seconds=selected - started,
-        fit_seconds=time.perf_counter() - selected,
+        selection_seconds=selected - ready,
+        fit_seconds=time.perf_counter() - selected + ready - started,
     )
 
 
-def choose_c(
-    features: Features, labels: NDArray[np.int64], config: HeadConfig, progress: Progress = SILENT
-) -> tuple[float, tuple[Candidate, ...], str]:
-    """Choose C by stratified cross-validation on these rows: the least held-out log loss.
-
-    The log loss, not the accuracy: on a few hundred images many values of C tie in accuracy, and luck would break the
-    tie. Standardisation is fitted anew in each fold.
-
-    Returns
-    -------
-    C
-        The chosen value.
-    candidates
-        Every value with its scores.
-    selection
-        The procedure in words.
-    """
-    from sklearn.metrics import log_loss
-    from sklearn.model_selection import StratifiedKFold
-
-    smallest = int(np.bincount(labels).min())
-    n_folds = min(config.folds, smallest)
-    if n_folds < 2:
-        return (
-            FALLBACK_C,
-            (),
-            f"C = {FALLBACK_C} unchosen: a class has one training image, none can be held out",
-        )
-    folds = list(StratifiedKFold(n_folds, shuffle=True, random_state=config.seed).split(features, labels))
-    solve = load_solver(config.solver)
-    n_classes = int(labels.max()) + 1
-    candidates = []
-    for value in progress.track(config.grid, total=len(config.grid), what="choosing C", unit="C"):
-        probabilities = np.empty((len(labels), n_classes))
-        for fit_rows, held_rows in folds:
-            head, _ = fit_standardised(features[fit_rows], labels[fit_rows], solve, value, SELECTION_TOLERANCE)
-            probabilities[held_rows] = to_probabilities(head.logits(np.asarray(features[held_rows], np.float32)))
-        candidates.append(
-            Candidate(
-                C=value,
-                log_loss=float(log_loss(labels, probabilities, labels=np.arange(n_classes))),
-                accuracy=float((probabilities.argmax(axis=1) == labels).mean()),
-            )
-        )
-    best = min(candidates, key=lambda candidate: (candidate.log_loss, candidate.C))
-    return best.C, tuple(candidates), f"{n_folds}-fold cross-validation on the training split, least log loss"
-
-
-def fit_standardised(
-    features: Features, labels: NDArray[np.int64], solve: Solver, c: float, tolerance: float = FINAL_TOLERANCE
-) -> tuple[LinearHead, Solution]:
-    """Standardise, solve, and fold the standardisation back into the layer, so that it takes raw features.
-
-    A feature that never varies keeps the scale 1.
-    """
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler()
-    standardised = scaler.fit_transform(features.astype(np.float64))
-    solution = solve(standardised, labels, C=c, tolerance=tolerance)
-    weight = solution.coefficients / scaler.scale_
-    bias = solution.intercept - weight @ scaler.mean_
+def make_head(solution: Solution, coordinates: Coordinates) -> LinearHead:
+    """The linear layer on raw features that a solution on coordinates stands for, one output a class."""
+    weight, bias = coordinates.to_raw(solution.coefficients, solution.intercept)
     if len(weight) == 1:  # two classes, one vector: the softmax of (-f/2, f/2) is the logistic function of f
         weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    head = LinearHead(weight=np.ascontiguousarray(weight, np.float32), bias=np.ascontiguousarray(bias, np.float32))
-    return head, solution
+    return LinearHead(weight=np.ascontiguousarray(weight, np.float32), bias=np.ascontiguousarray(bias, np.float32))
 
 
 def load_solver(name: str) -> Solver:

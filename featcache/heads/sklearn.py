@@ -9,20 +9,14 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from featcache.heads import Solution
+from featcache.heads import FINAL_TOLERANCE, Solution
 
 MAX_ITERATIONS = 10_000
 
 
-def solve(
-    features: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    *,
-    C: float,  # noqa: N803 - the name that everybody knows it by
-    tolerance: float,
-) -> Solution:
+def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
     """Minimise the objective; see `featcache.heads.Solver`."""
-    model = LogisticRegression(C=C, solver="lbfgs", tol=tolerance, max_iter=MAX_ITERATIONS)
+    model = LogisticRegression(C=C, solver="lbfgs", tol=FINAL_TOLERANCE, max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(features, labels)

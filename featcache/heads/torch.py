@@ -8,20 +8,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from featcache.heads import Solution
+from featcache.heads import FINAL_TOLERANCE, Solution
 
 MAX_ITERATIONS = 10_000
-PRECISION = 1e-6  # gradient at which double precision may have nothing left to gain
+CONVERGED_GRADIENT = 1e-5  # the loss may stop falling, at double precision, before FINAL_TOLERANCE is reached
 
 
-def solve(
-    features: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    *,
-    C: float,  # noqa: N803 - the name that everybody knows it by
-    tolerance: float,
-) -> Solution:
+def solve(features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
     """Minimise the objective; see `featcache.heads.Solver`.
+
+    The weights are scaled by the curvature that the objective has along each feature: the optimum is the same, and it
+    takes tens of steps where it took hundreds.
 
     Source: D. C. Liu and J. Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical
     Programming 45 (1989), as in torch.optim.LBFGS with a strong-Wolfe line search.
@@ -30,40 +27,40 @@ def solve(
     y = torch.from_numpy(labels)  # (N,)
     n_classes = int(labels.max()) + 1
     n_outputs = 1 if n_classes == 2 else n_classes
-    weight = torch.zeros(n_outputs, x.shape[1], dtype=torch.float64, requires_grad=True)
+    penalty = 1 / (C * len(y))
+    scale = 1 / ((1 - 1 / n_classes) / n_classes * x.square().mean(0) + penalty).sqrt()  # (D,)
+    scaled = torch.zeros(n_outputs, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(n_outputs, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias],
+        [scaled, bias],
         max_iter=MAX_ITERATIONS,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-14,  # a loss that no longer falls: double precision ends there
+        tolerance_grad=FINAL_TOLERANCE * min(1.0, float(scale.min()) if len(scale) else 1.0),
+        tolerance_change=1e-12,  # nor on a loss that no longer falls
         history_size=20,
         line_search_fn="strong_wolfe",
     )
 
-    def objective() -> Tensor:
-        """The objective divided by C N, so that its size depends on neither."""
+    def evaluate() -> Tensor:
+        """The objective divided by C N, so that its size depends on neither; gradients as a side effect."""
+        optimizer.zero_grad()
+        weight = scaled * scale
         logits = F.linear(x, weight, bias)
         if n_outputs == 1:
             loss = F.binary_cross_entropy_with_logits(logits[:, 0], y.double())
         else:
             loss = F.cross_entropy(logits, y)
-        return loss + weight.square().sum() / (2 * C * len(y))
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = objective()
+        value = loss + penalty * weight.square().sum() / 2
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    closure()
-    assert weight.grad is not None
+    optimizer.step(evaluate)  # type: ignore[no-untyped-call]
+    evaluate()
+    assert scaled.grad is not None
     assert bias.grad is not None
-    gradient = max(float(weight.grad.abs().max()), float(bias.grad.abs().max()))
+    gradient = torch.cat([(scaled.grad / scale).abs().ravel(), bias.grad.abs()]).max()
     return Solution(
-        coefficients=weight.detach().numpy(),
+        coefficients=(scaled * scale).detach().numpy(),
         intercept=bias.detach().numpy(),
-        iterations=int(optimizer.state[weight]["n_iter"]),
-        converged=gradient <= max(tolerance, PRECISION),
+        iterations=int(optimizer.state[scaled]["n_iter"]),
+        converged=float(gradient) <= CONVERGED_GRADIENT,
     )
