@@ -20,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from featcache.backbones import attach_classifier, load_backbone
 from featcache.errors import BadImage, RunError
-from featcache.files import hash_bytes, pretty_json
+from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import LinearHead
 from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
 from featcache.metrics import to_probabilities
@@ -99,29 +98,37 @@ def load_classifier(folder: Path | str) -> Classifier:
         If the backbone cannot be made again.
     """
     folder = Path(folder)
-    description, tensors = _read(folder)
-    extractor = description["extractor"]
-    weights = extractor["weights"]
-    is_head = description["holds"] == "head"
-    requested = weights["requested"] if is_head else "none"
-    backbone = load_backbone(extractor["backbone"], weights=requested, seed=weights.get("seed") or 0)
-    if is_head and backbone.weights["tensors_sha256"] != weights["tensors_sha256"]:
+    saved, tensors = _read(folder)
+    requested = saved.weights["requested"] if saved.is_head else "none"
+    backbone = load_backbone(saved.backbone, weights=requested, seed=int(saved.weights.get("seed") or 0))
+    if saved.is_head and backbone.weights["tensors_sha256"] != saved.weights["tensors_sha256"]:
         raise RunError(
-            f"{folder} was trained on features of {extractor['backbone']} with the weights {weights['name']} "
-            f"({weights['tensors_sha256'][:8]}...), but {weights['requested']} now gives "
+            f"{folder} was trained on features of {saved.backbone} with the weights {saved.weights['name']} "
+            f"({saved.weights['tensors_sha256'][:8]}...), but {requested} now gives "
             f"{backbone.weights['tensors_sha256'][:8]}...; bring back the file, or train the head again"
         )
-    network = attach_classifier(backbone, backbone.make_classifier(len(description["classes"])))
-    target = network.get_submodule(backbone.classifier) if is_head else network
+    network = attach_classifier(backbone, backbone.make_classifier(len(saved.classes)))
+    target = network.get_submodule(backbone.classifier) if saved.is_head else network
     try:
         target.load_state_dict(tensors)
     except RuntimeError as error:
-        raise RunError(f"{folder / MODEL_TENSORS} does not fit {extractor['backbone']}: {error}") from error
+        raise RunError(
+            f"{folder / MODEL_TENSORS} does not fit {saved.backbone} with {len(saved.classes)} classes; train it again"
+        ) from error
     return Classifier(
-        network=network.eval().requires_grad_(False),
-        classes=tuple(description["classes"]),
-        preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
+        network=network.eval().requires_grad_(False), classes=saved.classes, preprocessing=saved.preprocessing
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """What model.json says."""
+
+    is_head: bool
+    classes: tuple[str, ...]
+    backbone: str
+    weights: dict[str, Any]
+    preprocessing: Preprocessing
 
 
 def _save(
@@ -139,25 +146,38 @@ def _save(
         "extractor": dict(extractor),
         "tensors_file_sha256": hash_bytes(data),
     }
+    description["sha256"] = hash_bytes(canonical_json(description).encode())
     (folder / MODEL_TENSORS).write_bytes(data)
     (folder / MODEL_JSON).write_text(pretty_json(description), encoding="utf-8")
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(folder: Path) -> tuple[_Saved, dict[str, torch.Tensor]]:
+    """Both files, each checked against its digest before anything in it is used."""
     try:
         description = json.loads((folder / MODEL_JSON).read_text(encoding="utf-8"))
         data = (folder / MODEL_TENSORS).read_bytes()
-        if description["schema"] != SCHEMA or description["holds"] not in ("head", "network"):
-            raise RunError(f"{folder / MODEL_JSON} is of another featcache; train it again")
-        if hash_bytes(data) != description["tensors_file_sha256"]:
-            raise RunError(
-                f"{folder / MODEL_TENSORS} is damaged: its SHA-256 is not the one in {MODEL_JSON}; train it again"
-            )
-        return description, load(data)
     except FileNotFoundError as error:
         raise RunError(
             f"{folder} holds no classifier: expected {error.filename}; `featcache train-head` or `featcache finetune` "
             f"makes one"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"the classifier in {folder} cannot be read ({error}); train it again") from error
+    digest = description.pop("sha256", "") if isinstance(description, dict) else ""
+    if hash_bytes(canonical_json(description).encode()) != digest:
+        raise RunError(f"{folder / MODEL_JSON} is damaged: its SHA-256 is not that of its contents; train it again")
+    if description["schema"] != SCHEMA:
+        raise RunError(f"{folder / MODEL_JSON} has schema {description['schema']}, this featcache reads {SCHEMA}")
+    if hash_bytes(data) != description["tensors_file_sha256"]:
+        raise RunError(
+            f"{folder / MODEL_TENSORS} is damaged: its SHA-256 is not the one in {MODEL_JSON}; train it again"
+        )
+    extractor = description["extractor"]
+    saved = _Saved(
+        is_head=description["holds"] == "head",
+        classes=tuple(description["classes"]),
+        backbone=extractor["backbone"],
+        weights=extractor["weights"],
+        preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
+    )
+    return saved, load(data)

@@ -10,6 +10,7 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
     │           extractor          JSON: backbone, weights and their SHA-256, layer, preprocessing, precision
     │           extractor_key      SHA-256 of what decides the features
     │           provenance         JSON: data folder, versions, device, seconds spent extracting, files left out
+    │           attributes_sha256  SHA-256 of those four
     ├── train/  features  (N, D) float32
     │           labels    (N,)   int64
     │           paths     (N,)   bytes, file names as the system has them, relative to the data folder
@@ -122,17 +123,16 @@ def read_cache(path: Path | str) -> FeatureCache:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise CacheError(f"{path} {what}: expected a feature cache; `featcache extract DATA -o {path}` makes one")
     with _readable(path) as file:
-        _check_schema(file, path)
+        texts = _read_texts(file, path)
         cache = FeatureCache(
-            classes=tuple(_read_json(file, "classes", list, path)),
-            extractor=_read_json(file, "extractor", dict, path),
+            classes=tuple(json.loads(texts["classes"])),
+            extractor=json.loads(texts["extractor"]),
             splits={name: _read_split(file, name, path) for name in ("train", "val", "test") if name in file},
-            provenance=_read_json(file, "provenance", dict, path),
+            provenance=json.loads(texts["provenance"]),
         )
-        stored = str(file.attrs["extractor_key"])
-    if cache.key != stored:
-        raise CacheError(f"{path} is damaged: its extractor and its extractor_key disagree; extract again")
-    _check_consistent(cache, path)
+        if cache.key != texts["extractor_key"]:
+            raise CacheError(f"{path} is damaged: its extractor and its extractor_key disagree; extract again")
+        _check_consistent(cache, path)
     return cache
 
 
@@ -149,10 +149,16 @@ def write_cache(path: Path, cache: FeatureCache) -> None:
     buffer = io.BytesIO()
     with h5py.File("memory", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["featcache_schema"] = SCHEMA
-        file.attrs["classes"] = json.dumps(cache.classes)
-        file.attrs["extractor"] = json.dumps(cache.extractor)
-        file.attrs["extractor_key"] = cache.key
-        file.attrs["provenance"] = json.dumps(cache.provenance)
+        texts = {
+            "classes": json.dumps(cache.classes),
+            "extractor": json.dumps(cache.extractor),
+            "extractor_key": cache.key,
+            "provenance": json.dumps(cache.provenance),
+        }
+        for name, text in {**texts, "attributes_sha256": _hash_texts(texts)}.items():
+            # NOTE: of fixed length; those of variable length lie in a heap without checksums, where one flipped bit
+            # made HDF5 loop for ever
+            file.attrs.create(name, text.encode("ascii"), dtype=h5py.string_dtype("ascii", len(text)))
         for name, split in cache.splits.items():
             _write_split(file.create_group(name), split)
         file.flush()
@@ -274,20 +280,27 @@ def _readable(path: Path) -> Iterator[h5py.File]:
         ) from error
 
 
-def _check_schema(file: h5py.File, path: Path) -> None:
-    missing = [n for n in ("classes", "extractor", "extractor_key", "provenance") if n not in file.attrs]
-    found = file.attrs.get("featcache_schema")
-    if found is None or missing:
+def _read_texts(file: h5py.File, path: Path) -> dict[str, str]:
+    """The attributes, if they are those of a cache of this schema and what was written."""
+    names = ("classes", "extractor", "extractor_key", "provenance")
+    if "featcache_schema" not in file.attrs:
         raise CacheError(f"{path} is an HDF5 file but not a feature cache; `featcache extract DATA` makes one")
-    if int(found) != SCHEMA:
-        raise CacheError(f"{path} has cache schema {int(found)}, this featcache reads {SCHEMA}; extract again")
+    if (found := file.attrs["featcache_schema"]) != SCHEMA:
+        raise CacheError(f"{path} has cache schema {found}, this featcache reads {SCHEMA}; extract again")
+    if missing := [name for name in (*names, "attributes_sha256") if name not in file.attrs]:
+        raise CacheError(f"{path} is not a whole feature cache: it lacks {', '.join(missing)}; extract again")
+    texts = {name: _decode(file.attrs[name]) for name in names}
+    if _decode(file.attrs["attributes_sha256"]) != _hash_texts(texts):
+        raise CacheError(f"{path} is damaged: its attributes are not those that were written; extract again")
+    return texts
 
 
-def _read_json(file: h5py.File, name: str, kind: type, path: Path) -> Any:
-    value = json.loads(str(file.attrs[name]))
-    if not isinstance(value, kind):
-        raise CacheError(f"{path} is damaged: its {name} is not a {kind.__name__}; extract again")
-    return value
+def _decode(value: Any) -> str:
+    return value.decode("ascii") if isinstance(value, bytes) else str(value)
+
+
+def _hash_texts(texts: Mapping[str, str]) -> str:
+    return hash_bytes(canonical_json(dict(texts)).encode())
 
 
 def _read_split(file: h5py.File, name: str, path: Path) -> FeatureSplit:
@@ -314,16 +327,20 @@ def _read_dataset(file: h5py.File, name: str, path: Path) -> NDArray[Any]:
         name.rpartition("/")[2], "S"
     ):
         raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; extract again")
+    if group.id.get_storage_size() < group.nbytes:  # nothing is compressed: it claims more than it holds
+        raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; extract again")
     values: NDArray[Any] = group[:]
     return values
 
 
 def _check_consistent(cache: FeatureCache, path: Path) -> None:
+    if not all(isinstance(name, str) for name in cache.classes) or len(set(cache.classes)) < len(cache.classes):
+        raise CacheError(f"{path} is damaged: its classes are not different names; extract again")
     if not {"train", "val"} <= set(cache.splits):
         raise CacheError(f"{path} is not a whole feature cache: expected train and val; extract again")
     for name, split in cache.splits.items():
         lengths = {len(split.features), len(split.listing.labels), len(split.listing.paths)}
-        if lengths != {len(split.listing.digests)} or split.features.shape[1] != cache.dim:
+        if lengths != {len(split.listing.digests)} or split.features.shape[1] != cache.extractor["dim"]:
             raise CacheError(f"{path} is damaged: the columns of {name} differ in length; extract again")
         if not np.isfinite(split.features).all():
             raise CacheError(f"{path} is damaged: {name}/features holds NaN or infinity; extract again")

@@ -71,7 +71,7 @@ class Listing:
     splits
         "train", "val" and perhaps "test", in this order.
     ignored
-        Files that are not images by their name, relative to the root.
+        What is not an image by its name or not in a class folder, relative to the root.
     bad
         Files that are images by their name but could not be read at all.
     """
@@ -90,13 +90,14 @@ class Listing:
         return [path for split in self.splits.values() for path in split.paths]
 
     def without(self, bad: Iterable[BadImage]) -> Listing:
-        """The same listing with some files left out.
+        """The same listing with files left out; `bad` is all of them, those that it lacks already included.
 
         Raises
         ------
         DatasetError
             If a class of a split has no image left.
         """
+        bad = tuple(bad)
         left_out = {item.path for item in bad}
         splits = {
             name: split.take(np.array([path not in left_out for path in split.paths], dtype=bool))
@@ -104,7 +105,7 @@ class Listing:
         }
         for name, split in splits.items():
             check_classes_filled(split.labels, self.classes, f"the {name} split of {self.root}, bad files left out")
-        return Listing(root=self.root, classes=self.classes, splits=splits, ignored=self.ignored, bad=tuple(bad))
+        return Listing(root=self.root, classes=self.classes, splits=splits, ignored=self.ignored, bad=bad)
 
 
 def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, progress: Progress = SILENT) -> Listing:
@@ -146,7 +147,11 @@ def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, 
         files[name], strays = list_class_folders(root, folder)
         ignored += strays
     if names:
-        ignored += [entry.name for entry in _sorted_entries(root) if entry.is_file()]
+        ignored += [
+            entry.name + ("/" if _is_folder(entry) else "")
+            for entry in _sorted_entries(root)
+            if entry.name not in names
+        ]
     classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
     listed, bad = _hash_rows(root, files, classes, progress)
     splits = listed if names else _split_by_content(listed[""], classes, root, val_fraction, seed)
@@ -169,7 +174,7 @@ def find_split_folders(root: Path) -> list[str]:
         return []
     for name in ("train", "val"):
         if name not in present:
-            there = ", ".join(sorted(entry.name for entry in _sorted_entries(root) if entry.is_dir()))
+            there = ", ".join(sorted(entry.name for entry in _sorted_entries(root) if _is_folder(entry)))
             raise DatasetError(
                 f"{root} has no {name} folder: expected {root / 'train'} and {root / 'val'}, found {there}; rename or "
                 f"add it, or name a folder of classes (such as {root / present[0]}) to have it split for you"
@@ -193,7 +198,7 @@ def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]],
         If there is no class folder, or one without any image.
     """
     entries = _sorted_entries(folder)
-    classes = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    classes = [entry for entry in entries if _is_folder(entry) and not entry.name.startswith(".")]
     if not classes:
         loose = sum(is_image_name(entry.name) for entry in entries)
         raise DatasetError(
@@ -201,8 +206,7 @@ def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]],
             f"{f'{loose} images directly in it' if loose else 'no folders'}; put each class into a folder of its own"
         )
     images: list[tuple[str, str]] = []
-    ignored = [_relative(Path(e.path), root) for e in entries if e.is_file() and folder != root]
-    ignored += [e.name for e in entries if e.is_file() and folder == root]
+    ignored = [_relative(Path(entry.path), root) for entry in entries if not _is_folder(entry)]
     for entry in classes:
         found: list[str] = []
         for path in _walk(Path(entry.path), set()):
@@ -284,7 +288,7 @@ def summarise(listing: Listing) -> list[str]:
     counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
     lines = [f"{listing.root}: {counts} images, {len(listing.classes)} classes"]
     if listing.ignored:
-        lines.append(f"ignored, not an image by its name: {_name_some(listing.ignored)}")
+        lines.append(f"ignored, not an image in a class folder: {_name_some(listing.ignored)}")
     if shared := find_shared_images(listing):
         examples = _name_some([" = ".join(paths) for paths in shared.values()])
         lines.append(f"WARNING: leakage, the same image in more than one split ({len(shared)} in all): {examples}")
@@ -341,6 +345,7 @@ def _hash_rows(
         answers = iter(list(progress.track(digests, total=len(paths), what="reading")))
     bad: list[BadImage] = []
     splits = {}
+    label_of = {name: label for label, name in enumerate(classes)}
     for name, rows in files.items():
         kept = []
         for path, label in rows:
@@ -348,7 +353,7 @@ def _hash_rows(
             if reason:
                 bad.append(BadImage(path, reason))
             else:
-                kept.append((path, classes.index(label), digest))
+                kept.append((path, label_of[label], digest))
         splits[name] = Split(
             paths=tuple(path for path, _, _ in kept),
             labels=np.array([label for _, label, _ in kept], dtype=np.int64),
@@ -358,6 +363,8 @@ def _hash_rows(
 
 
 def _try_hash(path: Path) -> tuple[str, str]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        return "", "not a regular file"
     try:
         return hash_file(path), ""
     except OSError as error:  # a dangling link, no permission
@@ -371,7 +378,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         return
     seen.add((status.st_dev, status.st_ino))
     for entry in _sorted_entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             if not entry.name.startswith("."):
                 yield from _walk(Path(entry.path), seen)
         else:
@@ -387,7 +394,14 @@ def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in _sorted_entries(folder))
+    return any(_is_folder(entry) and not entry.name.startswith(".") for entry in _sorted_entries(folder))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _name_some(names: Sequence[str], at_most: int = 3) -> str:

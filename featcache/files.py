@@ -120,6 +120,8 @@ def fill_folder(final: Path) -> Iterator[Path]:
     OutputError
         If the folder cannot be made or moved.
     """
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise OutputError(f"cannot write {final}: it is there and not a folder; choose another place with -o")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
@@ -140,7 +142,12 @@ def _swap_in(temporary: Path, final: Path) -> None:
     old = temporary.with_name(temporary.name + ".old")
     if final.exists():
         final.rename(old)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 

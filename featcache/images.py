@@ -9,7 +9,7 @@ transparency              composed on white
 16-bit grey               divided by 257, so that full scale stays full scale
 float or 32-bit pixels    refused: their range is not stated in the file
 animation, pages          the first frame
-truncated                 refused, never filled up
+truncated                 refused, as far as the decoder can tell
 more than MAX_PIXELS      refused from the header, before decoding
 ========================  ==================================================================================
 """
@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -37,6 +37,15 @@ from featcache.files import hash_bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 178_956_970  # Pillow's own limit of a decompression bomb: 0.5 GB as RGB
 ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {  # what undoes each, as in PIL.ImageOps.exif_transpose, which fails where another EXIF field is damaged
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 RULES = "pillow; exif applied; alpha on white; 16-bit / 257; first frame"
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -120,8 +129,8 @@ def decode_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image.width, image.height)
         image.load()
-        return _to_rgb(_orient(image))
-    except ImageError:
+        return _to_rgb(_orient(image), image.format)
+    except (ImageError, MemoryError):  # short memory is no fault of the file's
         raise
     except UnidentifiedImageError:
         raise ImageError("not an image of a known format") from None
@@ -306,17 +315,18 @@ def _check_size(width: int, height: int) -> None:
 
 def _orient(image: Image.Image) -> Image.Image:
     try:
-        if image.getexif().get(ORIENTATION_TAG, 1) == 1:  # as most are: transposing would copy them all the same
-            return image
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # noqa: BLE001 - a damaged EXIF block raises anything; the pixels are there all the same
         return image
+    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     """Any mode that Pillow decodes to 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode == "I" and file_format == "TIFF":
+        raise ImageError("32-bit pixels: their range is not stated in the file; save it with 8 or 16 bits")
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         return _scale_16_bit(image)
     if image.mode == "F":

@@ -135,7 +135,8 @@ def run_network(
         keep_freed_memory()
     size = batch_size or choose_batch_size(device)
     if choose_runtime(runtime, device) == "fused":
-        yield from _run_on_cores(fuse_network(network, rows), rows, size, count_cores() if workers is None else workers)
+        n_threads = count_cores() if workers is None else workers
+        yield from _run_on_cores(network, fuse_network(network, rows), rows, size, n_threads)
         return
     for batch in make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda"):
         yield _forward(network, batch, device)
@@ -160,18 +161,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def fuse_network(network: nn.Module, rows: ImageRows) -> nn.Module:
+def fuse_network(network: nn.Module, rows: ImageRows) -> nn.Module | None:
     """A copy of a network, each BatchNorm folded into the convolution before it, weights in channels-last order.
 
     Which BatchNorm follows which convolution is seen in a forward pass, not guessed from names. The copy is compared
-    with the network on that pass; where it disagrees, the network itself is given back.
+    with the network on noise; where it disagrees, or no usable image tells the size, there is none.
 
     Source: R. Krishnamoorthi, Quantizing deep convolutional networks for efficient inference (2018), section 3.2, for
     the folding; torch.nn.utils.fusion for its formula.
     """
     example = _find_example(rows)
     if example is None:
-        return network
+        return None
     fused = copy.deepcopy(network)
     pairs = _find_pairs(fused, example)
     names = {id(module): name for name, module in fused.named_modules()}
@@ -185,10 +186,15 @@ def fuse_network(network: nn.Module, rows: ImageRows) -> nn.Module:
         parent, _, child = names[id(norm)].rpartition(".")
         setattr(fused.get_submodule(parent), child, nn.Identity())
     fused = fused.to(memory_format=torch.channels_last)
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))  # a black picture would hide a lot
     with torch.inference_mode():
-        reference, value = network(example), fused(example.contiguous(memory_format=torch.channels_last))
+        reference = network(noise)
+        try:
+            value = fused(noise.contiguous(memory_format=torch.channels_last))
+        except RuntimeError:  # a network that cannot take its images in this order
+            return None
     error = (value - reference).norm() / reference.norm().clamp(min=1e-12)
-    return fused if float(error) < FUSED_TOLERANCE else network
+    return fused if float(error) < FUSED_TOLERANCE else None
 
 
 def _find_example(rows: ImageRows) -> Tensor | None:
@@ -225,15 +231,18 @@ def _find_pairs(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn
     return [(source, norm) for source, norm in pairs if calls[id(source)] == calls[id(norm)] == 1]
 
 
-def _run_on_cores(network: nn.Module, rows: ImageRows, batch_size: int, n_threads: int) -> Iterator[Outputs]:
+def _run_on_cores(
+    network: nn.Module, fused: nn.Module | None, rows: ImageRows, batch_size: int, n_threads: int
+) -> Iterator[Outputs]:
     """Threads that each decode and forward whole batches with one core: no core waits for another."""
+    order = torch.contiguous_format if fused is None else torch.channels_last
     n_threads = max(n_threads, 1)
     pieces = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
     pending: deque[Future[Outputs]] = deque()
     with _one_core_each(), ThreadPoolExecutor(n_threads) as pool:
         try:
             for piece in pieces:
-                pending.append(pool.submit(_decode_and_forward, network, rows, piece))
+                pending.append(pool.submit(_decode_and_forward, fused or network, rows, piece, order))
                 if len(pending) >= 2 * n_threads:
                     yield pending.popleft().result()
             while pending:
@@ -243,10 +252,12 @@ def _run_on_cores(network: nn.Module, rows: ImageRows, batch_size: int, n_thread
                 future.cancel()
 
 
-def _decode_and_forward(network: nn.Module, rows: ImageRows, piece: Sequence[int]) -> Outputs:
+def _decode_and_forward(
+    network: nn.Module, rows: ImageRows, piece: Sequence[int], order: torch.memory_format
+) -> Outputs:
     batch = rows.collate([rows[row] for row in piece])
     if len(batch.rows):
-        images = batch.images.contiguous(memory_format=torch.channels_last)
+        images = batch.images.contiguous(memory_format=order)
         batch = Batch(batch.rows, images, batch.labels, batch.bad)
     return _forward(network, batch, torch.device("cpu"))
 

@@ -5,6 +5,7 @@ Knows batches, losses and epochs; nothing of files, data sets or what the number
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def train(
     Raises
     ------
     FeatcacheError
-        If the training loss is no longer a number.
+        If a loss is no longer a number.
     """
     history: list[Epoch] = []
     best: Epoch | None = None
@@ -92,10 +93,13 @@ def train(
         lr = recipe.optimizer.param_groups[0]["lr"]
         recipe.set_training_mode(network)
         train_loss, train_accuracy = train_epoch(network, train_batches, recipe.optimizer)
-        if not train_loss < float("inf"):
-            raise FeatcacheError(f"the training loss is {train_loss} in epoch {number}; try a smaller --lr than {lr:g}")
         recipe.scheduler.step()
         val_loss, val_accuracy = evaluate(network, val_batches)
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+            raise FeatcacheError(
+                f"the loss is no longer a number in epoch {number} (training {train_loss}, validation {val_loss}); try "
+                f"a smaller --lr than {lr:g}"
+            )
         epoch = Epoch(
             epoch=number,
             lr=lr,

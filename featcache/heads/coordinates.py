@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from featcache.errors import DatasetError
+
 Features = NDArray[np.float32] | NDArray[np.float64]
 
 NEGLIGIBLE = 1e-12  # of the largest variance: a direction in which the rows do not differ
@@ -48,9 +50,17 @@ class Coordinates:
 
 
 def fit_coordinates(features: Features) -> Coordinates:
-    """Fit the coordinates to the training rows (N, D). No label is looked at."""
+    """Fit the coordinates to the training rows (N, D). No label is looked at.
+
+    Raises
+    ------
+    DatasetError
+        If no feature varies.
+    """
     scaler = StandardScaler()
     standardised = scaler.fit_transform(features.astype(np.float64))
+    if not standardised.any():
+        raise DatasetError("all training images have equal features: there is nothing to tell classes apart by")
     n, width = standardised.shape
     pca = PCA(svd_solver="covariance_eigh" if n >= width else "full").fit(standardised)
     kept = pca.explained_variance_ > NEGLIGIBLE * max(float(pca.explained_variance_.max()), 1e-300)
