@@ -244,15 +244,16 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def read_reusable_rows(path: Path, key: str) -> dict[str, NDArray[np.float32]]:
-    """Rows by digest from a file that may be there, if it is a cache of the extractor with this key; else none."""
+def read_unfinished(output: Path, key: str) -> FeatureCache | None:
+    """What an earlier extraction into `output` kept when it could not finish, if its extractor has this key."""
+    path = partial_path(output)
     if not path.is_file():
-        return {}
+        return None
     try:
         cache = read_cache(path)
-    except CacheError:  # an unfinished file of another version: its rows are computed again
-        return {}
-    return cache.rows_by_digest() if cache.key == key else {}
+    except CacheError:  # of another version, or damaged: its rows are computed again
+        return None
+    return cache if cache.key == key else None
 
 
 def _write_split(group: h5py.Group, split: FeatureSplit) -> None:

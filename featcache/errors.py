@@ -105,8 +105,8 @@ class BadImagesError(FeatcacheError):
         Every such file with its reason.
     """
 
-    def __init__(self, bad: Sequence[BadImage], kept: str = "") -> None:
+    def __init__(self, bad: Sequence[BadImage]) -> None:
         self.bad = list(bad)
         lines = "".join(f"\n  {path}: {reason}" for path, reason in self.bad)
         n = "1 file" if len(self.bad) == 1 else f"{len(self.bad)} files"
-        super().__init__(f"{n} cannot be used as an image; mend or remove, or leave out with --skip-bad{kept}{lines}")
+        super().__init__(f"{n} cannot be used as an image; mend or remove, or leave out with --skip-bad{lines}")

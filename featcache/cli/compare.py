@@ -24,7 +24,7 @@ from featcache.cli.common import (
 from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
 
 
-@click.command("compare")
+@click.command("compare", short_help="Both side by side: table, plots, report.")
 @click.argument("targets", nargs=-1, required=True, type=click.Path(), metavar="DATA | RUN RUN...")
 @output_option(f"{RUNS_DIR}/compare", "Folder of the report.")
 @option("--features", type=click.Path(), default=CompareConfig.features, help="The cache file to use or make.")

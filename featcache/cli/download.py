@@ -7,7 +7,7 @@ import click
 from featcache.cli.common import TerminalProgress, json_option, option, print_json
 
 
-@click.command("download")
+@click.command("download", short_help="Fetch a public data set and verify it.")
 @click.argument("name", type=click.Choice(["hymenoptera"]))
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @option("--url", default=None, help="Another place that has the same archive.")

@@ -23,7 +23,7 @@ from featcache.cli.common import (
 from featcache.config import FEATURES_FILE, RUNTIMES, ExtractConfig
 
 
-@click.command("extract")
+@click.command("extract", short_help="Stage 1: images -> features in one HDF5 file.")
 @click.argument("data", type=click.Path())
 @output_option(FEATURES_FILE, "The cache file.")
 @backbone_options()

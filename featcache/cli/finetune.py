@@ -23,7 +23,7 @@ from featcache.cli.run_output import print_run
 from featcache.config import BATCH_NORMS, RUNS_DIR, FinetuneConfig
 
 
-@click.command("finetune")
+@click.command("finetune", short_help="The other way: train the whole network.")
 @click.argument("data", type=click.Path())
 @output_option(f"{RUNS_DIR}/finetune", "The run folder.")
 @backbone_options()

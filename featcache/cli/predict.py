@@ -20,7 +20,7 @@ from featcache.cli.common import (
 )
 
 
-@click.command("predict")
+@click.command("predict", short_help="Label new files with a trained run.")
 @click.argument("run", type=click.Path())
 @click.argument("images", nargs=-1, required=True, type=click.Path(), metavar="IMAGE...")
 @output_option(None, "Write there instead of to stdout.")

@@ -7,7 +7,7 @@ import click
 from featcache.cli.common import json_option, option, print_json
 
 
-@click.command("sample")
+@click.command("sample", short_help="Write a real data set, no download needed.")
 @click.argument("name", type=click.Choice(["digits"]))
 @click.argument("folder", type=click.Path(), metavar="DIR")
 @option("--train", "n_train", type=click.IntRange(10), default=400, help="Training images.")

@@ -8,7 +8,7 @@ from featcache.cli.common import complete_backbone, json_option, option, output_
 from featcache.config import ExtractConfig
 
 
-@click.command("show")
+@click.command("show", short_help="A picture: a training batch, or predictions.")
 @click.argument("target", type=click.Path(), metavar="DATA|RUN")
 @output_option(None, "The PNG file.  [default: batch.png, or RUN/predictions.png]")
 @option("-n", "--n-images", type=click.IntRange(1, 96), default=8, help="Pictures in the grid.")

@@ -11,7 +11,7 @@ from featcache.cli.run_output import print_run
 from featcache.config import RUNS_DIR, SOLVERS, HeadConfig
 
 
-@click.command("train-head")
+@click.command("train-head", short_help="Stage 2: a linear head on cached features.")
 @click.argument("features", type=click.Path())
 @output_option(f"{RUNS_DIR}/head", "The run folder; a head that lies there is replaced.")
 @option("--solver", type=click.Choice(SOLVERS), default=HeadConfig.solver, help="Two ways to one optimum.")

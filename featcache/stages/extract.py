@@ -19,7 +19,7 @@ from featcache.cache import (
     decide_extraction,
     hash_extractor,
     partial_path,
-    read_reusable_rows,
+    read_unfinished,
     write_cache,
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
@@ -31,6 +31,7 @@ from featcache.runs import PeakMemory, describe_environment
 from featcache.runtime import choose_runtime, run_network, select_device
 
 RowsByDigest = dict[str, NDArray[np.float32]]
+COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,45 +115,48 @@ def extract_features(
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     extractor = backbone.describe()
     decision, old = decide_extraction(output, extractor, force=config.force)
-    rows = read_reusable_rows(partial_path(output), hash_extractor(extractor))
-    rows |= old.rows_by_digest() if old else {}
+    earlier = [cache for cache in (old, read_unfinished(output, hash_extractor(extractor))) if cache]
+    rows = {digest: row for cache in earlier for digest, row in cache.rows_by_digest().items()}
     known = len(rows)
     where = f"{device} ({choose_runtime(config.runtime, device)})"
     _say_plan(decision, listing, rows, backbone, where, progress)
     bad = list(listing.bad)
+
+    def gather(listing: Listing) -> FeatureCache:
+        """The rows that there are by now, with what they cost."""
+        spent = time.perf_counter() - started if len(rows) > known else 0.0
+        provenance = {
+            "data": str(listing.root.resolve()),
+            "settings": config.result_settings(),
+            "seconds": spent + sum(cache.provenance["seconds"] for cache in earlier),
+            "peak_memory_bytes": memory.read(),
+            "device": str(device),
+            "runtime": choose_runtime(config.runtime, device),
+            "environment": describe_environment(),
+            "bad": [list(item) for item in bad],
+        }
+        if old and len(rows) == known:  # nothing was computed: how it was once computed is what counts
+            provenance = {**provenance, **{name: old.provenance[name] for name in COMPUTED_WITH}}
+        return _make_cache(listing, rows, extractor, provenance)
+
     try:
         bad += compute_missing_rows(listing, rows, backbone, device, config, progress)
     except KeyboardInterrupt:
-        _keep_partial(output, _make_cache(listing, rows, extractor, {}), progress)
+        _keep_unfinished(output, gather(listing), progress)
         raise
-    spent = time.perf_counter() - started
-    provenance = {
-        "data": str(listing.root.resolve()),
-        "settings": config.result_settings(),
-        "seconds": spent + (old.provenance["seconds"] if old and len(rows) > known else 0.0),
-        "peak_memory_bytes": memory.read(),
-        "device": str(device),
-        "runtime": choose_runtime(config.runtime, device),
-        "environment": describe_environment(),
-        "bad": [list(item) for item in bad],
-    }
     if bad and not config.skip_bad:
-        _keep_partial(output, _make_cache(listing, rows, extractor, provenance), progress)
-        raise BadImagesError(bad, kept=f"; {len(rows)} rows are kept for the next try")
-    computed = len(rows) - known
-    if old and not computed:
-        provenance = {
-            **old.provenance,
-            "data": provenance["data"],
-            "settings": provenance["settings"],
-            "bad": provenance["bad"],
-        }
-    cache = _make_cache(listing.without(bad), rows, extractor, provenance)
+        _keep_unfinished(output, gather(listing), progress)
+        raise BadImagesError(bad)
+    cache = gather(listing.without(bad))
     if old is None or not _is_same_content(old, cache):
         write_cache(output, cache)
     partial_path(output).unlink(missing_ok=True)
     return Extraction(
-        path=output, cache=cache, computed=computed, bad=tuple(bad), seconds=time.perf_counter() - started
+        path=output,
+        cache=cache,
+        computed=len(rows) - known,
+        bad=tuple(bad),
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -231,7 +235,7 @@ def _is_same_content(old: FeatureCache, new: FeatureCache) -> bool:
     return bool(contents(old) == contents(new))
 
 
-def _keep_partial(output: Path, cache: FeatureCache, progress: Progress) -> None:
+def _keep_unfinished(output: Path, cache: FeatureCache, progress: Progress) -> None:
     if len(cache):
         write_cache(partial_path(output), cache)
         progress.say(f"{len(cache)} rows kept in {partial_path(output)}; the same command goes on from there")
