@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from featcache.cli import run
+from featcache.cli import INTERRUPTED, run
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    sys.exit(run())
+    code = run()
+    if code == INTERRUPTED:  # NOTE: threads may still be inside a forward pass; an orderly exit would race with them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ function. The fields in a class's `RESULT` decide what comes out; the others onl
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ class Settings:
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            option = "--" + name.replace("_", "-")
+            option = "-C" if name == "C" else "--" + name.replace("_", "-")
             raise SettingsError(f"{option} is {getattr(self, name)!r}: expected {expected}")
 
 
@@ -110,7 +111,7 @@ class HeadConfig(Settings):
 
     def __post_init__(self) -> None:
         self._require(self.solver in SOLVERS, "solver", " or ".join(SOLVERS))
-        self._require(self.C is None or self.C > 0, "C", "a number above 0")
+        self._require(self.C is None or 0 < self.C < math.inf, "C", "a number above 0")
         self._require(self.folds >= 2, "folds", "2 or more")
         self._require(bool(self.grid) and min(self.grid) > 0, "grid", "numbers above 0")
         self._require(self.seed >= 0, "seed", "0 or more")
@@ -179,10 +180,10 @@ class FinetuneConfig(Settings):
     def __post_init__(self) -> None:
         self._require(self.epochs >= 1, "epochs", "1 or more")
         self._require(self.batch_size >= 1, "batch_size", "1 or more")
-        self._require(self.lr > 0, "lr", "a number above 0")
+        self._require(0 < self.lr < math.inf, "lr", "a number above 0")
         self._require(0 <= self.momentum < 1, "momentum", "0 or more, below 1")
         self._require(self.step_size >= 1, "step_size", "1 or more")
-        self._require(self.gamma > 0, "gamma", "a number above 0")
+        self._require(0 < self.gamma < math.inf, "gamma", "a number above 0")
         self._require(self.batch_norm in BATCH_NORMS, "batch_norm", " or ".join(BATCH_NORMS))
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")

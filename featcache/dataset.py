@@ -89,6 +89,10 @@ class Listing:
         """All paths, split after split."""
         return [path for split in self.splits.values() for path in split.paths]
 
+    def digests(self) -> set[str]:
+        """Digests of all images, each once."""
+        return {digest for split in self.splits.values() for digest in split.digests}
+
     def without(self, bad: Iterable[BadImage]) -> Listing:
         """The same listing with files left out; `bad` is all of them, those that it lacks already included.
 
@@ -292,7 +296,27 @@ def summarise(listing: Listing) -> list[str]:
     if shared := find_shared_images(listing):
         examples = _name_some([" = ".join(paths) for paths in shared.values()])
         lines.append(f"WARNING: leakage, the same image in more than one split ({len(shared)} in all): {examples}")
+    if two := find_contradictions(listing):
+        examples = _name_some([" = ".join(paths) for paths in two.values()])
+        lines.append(f"WARNING: the same image under different labels ({len(two)} in all): {examples}")
+    if len(listing.classes) == 1:
+        lines.append(
+            f"WARNING: only one class, {listing.classes[0]}; class folders are looked for directly in the data"
+        )
     return lines
+
+
+def find_contradictions(listing: Listing) -> dict[str, list[str]]:
+    """Images whose very bytes are under more than one label: digest to paths."""
+    where: dict[str, dict[int, list[str]]] = {}
+    for split in listing.splits.values():
+        for path, label, digest in zip(split.paths, split.labels.tolist(), split.digests, strict=True):
+            where.setdefault(digest, {}).setdefault(label, []).append(path)
+    return {
+        digest: [path for paths in by_label.values() for path in paths]
+        for digest, by_label in where.items()
+        if len(by_label) > 1
+    }
 
 
 def find_shared_images(listing: Listing) -> dict[str, list[str]]:
@@ -398,10 +422,15 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder to look into: a link that leads upwards is not, or it would hold itself."""
     try:
-        return entry.is_dir()
+        return entry.is_dir() and not (entry.is_symlink() and _leads_upwards(Path(entry.path)))
     except OSError:  # a link to itself
         return False
+
+
+def _leads_upwards(link: Path) -> bool:
+    return link.parent.resolve().is_relative_to(link.resolve())
 
 
 def _name_some(names: Sequence[str], at_most: int = 3) -> str:

@@ -122,6 +122,7 @@ def test_errors_are_one_line_on_stderr_and_exit_1(
         ("extract", "x", "--batch-size", "many"),
         ("extract", "x", "--val-fraction", "1.5"),
         ("train-head", "x", "-C", "-1"),
+        ("train-head", "x", "-C", "inf"),
         ("train-head", "x", "--solver", "magic"),
         ("finetune", "x", "--epochs", "0"),
         ("finetune", "x", "--lr", "-1"),
@@ -219,6 +220,14 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(photos: Path, tmp_path: P
     again = run_program(*command[3:], "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["rows"] == 168
     assert [path.name for path in tmp_path.iterdir() if "f.h5" in path.name] == ["f.h5"]
+
+
+def test_a_full_disk_behind_stdout_is_one_line(photos: Path, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "featcache", "sample", "digits", "d", "--train", "10", "--val", "10"]
+        result = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "Error: cannot write the output: No space left on device\n"
 
 
 def test_help_is_fast_because_it_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -455,8 +455,8 @@ def test_images_in_two_splits_are_found_and_warned_of(split_data: Path) -> None:
     listing = list_dataset(split_data)
     digest = hashlib.sha256(b"train ants 2").hexdigest()
     assert find_shared_images(listing) == {digest: ["train/ants/2.jpg", "val/bees/copy.jpg"]}
-    assert summarise(listing)[-1].startswith("WARNING: leakage")
-    assert summarise(listing)[-1].endswith("train/ants/2.jpg = val/bees/copy.jpg")
+    (line,) = (line for line in summarise(listing) if line.startswith("WARNING: leakage"))
+    assert line.endswith("train/ants/2.jpg = val/bees/copy.jpg")
 
 
 def test_copies_within_one_split_are_no_leakage(split_data: Path) -> None:
@@ -573,3 +573,21 @@ def test_a_pipe_is_a_bad_image_and_is_not_waited_for(photos: Path) -> None:
 def test_a_folder_beside_the_splits_is_said_to_be_ignored(photos: Path) -> None:
     (photos / "Test/red").mkdir(parents=True)
     assert "Test/" in list_dataset(photos).ignored
+
+
+def test_a_link_that_leads_upwards_is_not_followed(photos: Path) -> None:
+    (photos / "train/red/up").symlink_to("../..")
+    (photos / "train/loop").symlink_to("../..")
+    listing = list_dataset(photos)
+    assert (len(listing), listing.classes) == (18, ("blue", "red"))
+
+
+def test_the_same_image_under_two_labels_is_said_loudly(photos: Path) -> None:
+    shutil.copy(photos / "train/red/photo_000.jpg", photos / "train/blue/copy.jpg")
+    assert any("different labels" in line and "train/blue/copy.jpg" in line for line in summarise(list_dataset(photos)))
+
+
+def test_a_single_class_is_said_loudly(photos: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(photos / split / "red")
+    assert any("only one class, blue" in line for line in summarise(list_dataset(photos)))

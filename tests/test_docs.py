@@ -91,6 +91,7 @@ def test_python_in_the_documents_compiles(page: Path) -> None:
 def normalise(text: str) -> list[str]:
     """Lines without what differs between machines: times, sizes, probabilities, which epoch was best, the verdict."""
     text = re.sub(r"\d+(?:[.,]\d+)*", "#", text)
+    text = re.sub(r"# (?:h # min|min # s)", "# s", text)
     text = re.sub(r" +best$", "", text, flags=re.M)
     text = re.sub(r"^(head|finetune) is better on .*|^No difference between .*", "<verdict>", text, flags=re.M)
     text = re.sub(r"-{4,}", "----", text)

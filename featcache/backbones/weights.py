@@ -32,7 +32,7 @@ def read_weights(path: Path) -> WeightsFile:
             warnings.simplefilter("ignore")  # torch remarks on odd files in several lines; what matters is raised
             tensors = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise WeightsError(
             f"cannot read weights from {path}: {reason}; expected a state dict of tensors, saved with "
             f"torch.save(network.state_dict(), ...) or safetensors, and nothing in it is ever executed"

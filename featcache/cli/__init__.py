@@ -15,6 +15,7 @@ exit code   meaning
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -114,5 +115,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = INTERRUPTED
     except BrokenPipeError:  # `featcache predict ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # anything else is a bug and shows itself
+            raise
+        print(f"Error: cannot write the output: {error.strerror}", file=sys.stderr)
         code = ERROR
     return code

@@ -120,6 +120,8 @@ def extract_features(
     known = len(rows)
     where = f"{device} ({choose_runtime(config.runtime, device)})"
     _say_plan(decision, listing, rows, backbone, where, progress)
+    if old and (dropped := set(old.rows_by_digest()) - listing.digests()):
+        progress.say(f"{len(dropped)} rows leave {output}: their images are no longer in {listing.root}")
     bad = list(listing.bad)
 
     def gather(listing: Listing) -> FeatureCache:
@@ -249,8 +251,7 @@ def _say_plan(
     where: str,
     progress: Progress,
 ) -> None:
-    wanted = {digest for split in listing.splits.values() for digest in split.digests}
-    todo = len(wanted - set(rows))
+    todo = len(listing.digests() - set(rows))
     verb = {"create": "new cache", "reuse": "cache of the same extractor", "replace": "old cache replaced"}[decision]
     progress.say(
         f"{backbone.name}, weights {backbone.weights['name']}, {backbone.width} features, {where}; {verb}, "

@@ -92,7 +92,7 @@ class Trainee:
     def title(self) -> str:
         """A few words for tables and figures."""
         how = "last layer through the frozen" if self.config.freeze else "fine-tuned"
-        return f"{how} {self.backbone.name}, {self.config.epochs} epochs"
+        return f"{how} {self.backbone.name}, {self.config.epochs} epoch{'' if self.config.epochs == 1 else 's'}"
 
 
 def finetune(
