@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -240,19 +239,12 @@ def test_help_is_fast_because_it_loads_nothing_heavy(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_shell_completes_commands_options_and_backbones(tmp_path: Path) -> None:
-    def complete(words: str, n: int) -> str:
-        return run_program(
-            cwd=tmp_path, _FEATCACHE_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(n)
-        ).stdout
-
-    if shutil.which("featcache") is None:
-        pytest.skip("the program featcache is not on the PATH")
-    result = subprocess.run(
-        ["featcache"],
-        env={**os.environ, "_FEATCACHE_COMPLETE": "bash_complete", "COMP_WORDS": "featcache tr", "COMP_CWORD": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "plain,train-head" in result.stdout
+@pytest.mark.parametrize(
+    ("words", "n", "expected"),
+    [("featcache tr", 1, "plain,train-head"), ("featcache extract d --backbone eff", 4, "plain,efficientnet_lite0")],
+)
+def test_the_shell_completes_commands_and_backbones(words: str, n: int, expected: str) -> None:
+    program = Path(sys.executable).with_name("featcache")
+    environment = {"_FEATCACHE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(n)}
+    result = subprocess.run([program], env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert expected in result.stdout

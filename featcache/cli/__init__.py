@@ -114,11 +114,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except BrokenPipeError:  # `featcache predict ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        abandon_stdout()
         code = ERROR
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # anything else is a bug and shows itself
             raise
         print(f"Error: cannot write the output: {error.strerror}", file=sys.stderr)
+        abandon_stdout()
         code = ERROR
     return code
+
+
+def abandon_stdout() -> None:
+    """Send what is still buffered nowhere, or Python would try to write it again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
