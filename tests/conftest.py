@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
     monkeypatch.setattr(featcache.backbones, "FAMILIES", (*featcache.backbones.FAMILIES, TinyFamily()))
     TinyFamily.calls = 0
     return TinyFamily
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread inside torch: small networks are faster so, and sums come in one order. Given back in any case."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,7 @@ from featcache.backbones.weights import read_weights
 from featcache.errors import BackboneError, MissingExtraError, WeightsError, WeightsUnavailableError
 from featcache.files import hash_bytes
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks are faster so, and the same in any order of summation."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

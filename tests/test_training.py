@@ -27,13 +27,7 @@ from featcache.training import (
 D, N_CLASSES = 6, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order, and no waiting for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_rows(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
 from featcache.cli.common import print_json
 
-
-class FinishedRun(Protocol):
-    """What is printed of a run (see `featcache.stages.evaluate.Run`)."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it is."""
-
-    @property
-    def record(self) -> Any:
-        """Its RunRecord."""
-
-    @property
-    def reused(self) -> bool:
-        """Whether it was there already."""
+if TYPE_CHECKING:
+    from featcache.runs import RunRecord
+    from featcache.stages.evaluate import Run
 
 
-def print_run(run: FinishedRun, as_json: bool) -> None:
+def print_run(run: Run, as_json: bool) -> None:
     """The result of a run: numbers for a person, or the documented object."""
     record = run.record
     val = record.accuracy["val"]
@@ -68,7 +55,7 @@ def print_run(run: FinishedRun, as_json: bool) -> None:
     click.echo(f"  run         {run.folder}{' (was there already)' if run.reused else ''}")
 
 
-def _describe_extraction(record: Any) -> str:
+def _describe_extraction(record: RunRecord) -> str:
     from featcache.report import format_seconds
 
     if "extraction" not in record.seconds:

@@ -135,7 +135,7 @@ def finetune(
     Examples
     --------
     >>> finetune("photos", epochs=2).record.val_accuracy                   # doctest: +SKIP
-    0.9281045751633987
+    0.8823529411764706
     """
     started, memory = time.perf_counter(), PeakMemory()
     config, output = FinetuneConfig(**settings), Path(output)
@@ -146,11 +146,11 @@ def finetune(
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     listing, bad = leave_out_bad(listing, config, progress)
-    identity = identify("finetune", config.result_settings(), describe_data(listing), backbone.describe())
+    extractor = backbone.describe()
+    identity = identify("finetune", config.result_settings(), describe_data(listing), extractor)
     if decide_run(output, identity, force=config.force) == "reuse":
         progress.say(f"{output} is this very run already; --force trains it again")
         return Run(folder=output, record=read_record(output), reused=True, left_out=tuple(bad))
-    extractor = backbone.describe()
     trainee = prepare_network(listing, backbone, config, device)
     progress.say(f"{trainee.title}; {trainee.batch_norm[1]}")
     prepared = time.perf_counter()
