@@ -15,6 +15,7 @@ from featcache.errors import SettingsError
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 SOLVERS = ("sklearn", "torch")
 RUNTIMES = ("auto", "eager", "fused")
+STORES = ("float32", "float16")
 BATCH_NORMS = ("auto", "train", "fixed")
 
 
@@ -58,11 +59,19 @@ class ExtractConfig(Settings):
         Chooses that split, and the weights where `weights` is "none".
     skip_bad
         Leave out files that cannot be used as images, instead of stopping.
+    store
+        Precision in which the features are kept, "float32" or "float16".
+    reuse
+        Other caches whose rows may be taken, if the same extractor made them.
+    rehash
+        Trust neither the times of the images' files nor the cache: read all of both.
+    wait
+        Wait for another process that extracts into the same file, instead of stopping.
     force
         Replace a cache that was made by another extractor.
     """
 
-    RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed")
+    RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed", "store")
 
     backbone: str = "resnet18"
     weights: str = "default"
@@ -73,9 +82,14 @@ class ExtractConfig(Settings):
     val_fraction: float = 0.2
     seed: int = 0
     skip_bad: bool = False
+    store: str = "float32"
+    reuse: tuple[str, ...] = ()
+    rehash: bool = False
+    wait: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._require(self.store in STORES, "store", " or ".join(STORES))
         self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")

@@ -8,23 +8,33 @@ Two layouts are understood, both ImageFolder's::
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import BadImage, DatasetError
-from featcache.files import canonical_json, hash_bytes, hash_file
+from featcache.files import canonical_json, hash_bytes
 from featcache.progress import SILENT, Progress
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, written out because importing it costs seconds; a test compares the two.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "val", "test")
+# What the file system says of a file, see `KnownFiles`: inode, size in bytes, and both times in nanoseconds.
+STATS = ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+RACY_NS = 2_000_000_000  # the coarsest time stamp in use, FAT's
+KEEP_SECONDS = 5.0  # how much hashing a kill may lose
+
+Digests: TypeAlias = NDArray[np.bytes_]  # (N,) S64
+Stats: TypeAlias = NDArray[np.int64]  # (N, 4), see STATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +49,19 @@ class Split:
         (N,) int64, indices into the listing's classes.
     digests
         N SHA-256 digests of the files' bytes, in hexadecimal.
+    stats
+        (N, 4) int64, what the file system said of each file when it was hashed; zeros where that proves nothing. Given
+        none, it is all zeros.
     """
 
     paths: tuple[str, ...]
     labels: NDArray[np.int64]
     digests: tuple[str, ...]
+    stats: Stats = field(default_factory=lambda: np.empty((0, len(STATS)), np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.stats):
+            object.__setattr__(self, "stats", np.zeros((len(self.paths), len(STATS)), np.int64))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,7 +73,46 @@ class Split:
             paths=tuple(self.paths[i] for i in rows),
             labels=self.labels[rows],
             digests=tuple(self.digests[i] for i in rows),
+            stats=self.stats[rows],
         )
+
+
+class KnownFiles:
+    """Digests of files that were hashed before, found again by what the file system says of them.
+
+    A file whose inode, size, modification and change time are all as they were has the same bytes: the change time
+    cannot be set by hand. What was modified less than 2 s before it was hashed might have been modified again within
+    the same tick of the clock; it is never found here.
+
+    Source: git's index and its "racily clean" entries, https://git-scm.com/docs/racy-git.
+
+    Parameters
+    ----------
+    stats
+        (N, 4) int64.
+    digests
+        (N,) S64.
+    """
+
+    def __init__(self, stats: Stats, digests: Digests) -> None:
+        trusted = stats.any(axis=1)
+        keys, digests = _join_stats(stats[trusted]), digests[trusted]
+        order = np.argsort(keys)
+        self._keys, self._digests = keys[order], digests[order]
+
+    def find(self, stats: Stats) -> list[str]:
+        """The digest of each of N files in hexadecimal, "" where it is not known."""
+        if not len(self._keys):
+            return [""] * len(stats)
+        keys = _join_stats(stats)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        found = np.where((self._keys[at] == keys) & stats.any(axis=1), self._digests[at], b"")
+        return [str(value, "ascii") for value in found.tolist()]
+
+
+def _join_stats(stats: Stats) -> NDArray[np.bytes_]:
+    """(N, 4) int64 -> (N,) S32 that can be sorted and looked up."""
+    return np.ascontiguousarray(stats, dtype=">i8").view("S32").reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +169,15 @@ class Listing:
         return Listing(root=self.root, classes=self.classes, splits=splits, ignored=self.ignored, bad=bad)
 
 
-def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, progress: Progress = SILENT) -> Listing:
+def list_dataset(
+    data: Path | str,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    progress: Progress = SILENT,
+    known: KnownFiles | None = None,
+    keep: Callable[[Stats, Digests], None] | None = None,
+) -> Listing:
     """List the images of a folder, with their labels, split and content digests.
 
     Parameters
@@ -125,6 +190,10 @@ def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, 
         Chooses which images those are; see `is_validation`.
     progress
         Told of the reading.
+    known
+        Files that need not be read again.
+    keep
+        Called every few seconds with what was found out by reading, for `known` of another time.
 
     Returns
     -------
@@ -137,12 +206,37 @@ def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, 
         For a missing folder, an empty class or split, or splits whose classes differ.
     """
     root = Path(data)
+    _check_root(root)
+    names, files, ignored = _find_files(root)
+    classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
+    listed, bad = _hash_rows(root, files, classes, progress, known, keep)
+    splits = listed if names else _split_by_content(listed[""], classes, root, val_fraction, seed)
+    for name, split in splits.items():
+        check_classes_filled(split.labels, classes, f"the {name} split of {root}")
+    return Listing(root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad))
+
+
+def list_changed(listing: Listing) -> list[str]:
+    """Paths of files that are no longer what they were when they were listed, as far as the file system says."""
+    changed = []
+    for split in listing.splits.values():
+        now, _ = _look_at_all([str(listing.root / path) for path in split.paths])
+        differs = (now != split.stats).any(axis=1) & split.stats.any(axis=1)
+        changed += [split.paths[i] for i in np.flatnonzero(differs)]
+    return changed
+
+
+def _check_root(root: Path) -> None:
     if not root.is_dir():
         found = "a file" if root.is_file() else "nothing"
         raise DatasetError(
             f"no data set at {root}: expected a folder DATA/train/<class>/ and DATA/val/<class>/, or DATA/<class>/, "
             f"found {found}; `featcache sample digits {root}` makes one to try"
         )
+
+
+def _find_files(root: Path) -> tuple[list[str], dict[str, list[tuple[str, str]]], list[str]]:
+    """Split folders, (path, class) of the images in each, paths of what is ignored; without splits all is in ""."""
     names = find_split_folders(root)
     folders = {name: root / name for name in names} if names else {"": root}
     files: dict[str, list[tuple[str, str]]] = {}
@@ -156,12 +250,7 @@ def list_dataset(data: Path | str, *, val_fraction: float = 0.2, seed: int = 0, 
             for entry in _sorted_entries(root)
             if entry.name not in names
         ]
-    classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
-    listed, bad = _hash_rows(root, files, classes, progress)
-    splits = listed if names else _split_by_content(listed[""], classes, root, val_fraction, seed)
-    for name, split in splits.items():
-        check_classes_filled(split.labels, classes, f"the {name} split of {root}")
-    return Listing(root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad))
+    return names, files, ignored
 
 
 def find_split_folders(root: Path) -> list[str]:
@@ -210,11 +299,11 @@ def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]],
             f"{f'{loose} images directly in it' if loose else 'no folders'}; put each class into a folder of its own"
         )
     images: list[tuple[str, str]] = []
-    ignored = [_relative(Path(entry.path), root) for entry in entries if not _is_folder(entry)]
+    ignored = [_relative(entry.path, root) for entry in entries if not _is_folder(entry)]
     for entry in classes:
         found: list[str] = []
-        for path in _walk(Path(entry.path), set()):
-            (found if is_image_name(path.name) else ignored).append(_relative(path, root))
+        for path in _walk(entry.path, set()):
+            (found if is_image_name(os.path.basename(path)) else ignored).append(_relative(path, root))  # noqa: PTH119
         if not found:
             raise DatasetError(
                 f"class folder {entry.path} has no images: expected files ending in {' '.join(IMAGE_EXTENSIONS)}; "
@@ -227,7 +316,7 @@ def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]],
 
 def list_images(folder: Path) -> list[str]:
     """Paths of the image files anywhere under a folder, sorted, the folder's own path in front."""
-    return sorted(str(path) for path in _walk(folder, set()) if is_image_name(path.name))
+    return sorted(path for path in _walk(str(folder), set()) if is_image_name(Path(path).name))
 
 
 def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
@@ -361,55 +450,126 @@ def _split_by_content(
 
 
 def _hash_rows(
-    root: Path, files: dict[str, list[tuple[str, str]]], classes: tuple[str, ...], progress: Progress
+    root: Path,
+    files: dict[str, list[tuple[str, str]]],
+    classes: tuple[str, ...],
+    progress: Progress,
+    known: KnownFiles | None,
+    keep: Callable[[Stats, Digests], None] | None,
 ) -> tuple[dict[str, Split], list[BadImage]]:
     paths = [path for rows in files.values() for path, _ in rows]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        digests = pool.map(lambda path: _try_hash(root / path), paths)
-        answers = iter(list(progress.track(digests, total=len(paths), what="reading")))
-    bad: list[BadImage] = []
-    splits = {}
+    full = [os.path.join(root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
+    stats, reasons = _look_at_all(full)
+    digests = known.find(stats) if known else [""] * len(paths)
+    todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
+    for i, (digest, stats[i], reason) in zip(todo, _hash_all(full, todo, progress, keep), strict=True):
+        digests[i], reasons[i] = digest, reason
+    bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
+    splits, start = {}, 0
     label_of = {name: label for label, name in enumerate(classes)}
     for name, rows in files.items():
-        kept = []
-        for path, label in rows:
-            digest, reason = next(answers)
-            if reason:
-                bad.append(BadImage(path, reason))
-            else:
-                kept.append((path, label_of[label], digest))
+        good = [i for i in range(start, start + len(rows)) if not reasons[i]]
         splits[name] = Split(
-            paths=tuple(path for path, _, _ in kept),
-            labels=np.array([label for _, label, _ in kept], dtype=np.int64),
-            digests=tuple(digest for _, _, digest in kept),
+            paths=tuple(paths[i] for i in good),
+            labels=np.array([label_of[rows[i - start][1]] for i in good], dtype=np.int64),
+            digests=tuple(digests[i] for i in good),
+            stats=stats[good],
         )
+        start += len(rows)
     return splits, bad
 
 
-def _try_hash(path: Path) -> tuple[str, str]:
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        return "", "not a regular file"
+def _look_at_all(paths: Sequence[str]) -> tuple[Stats, list[str]]:
+    """What the file system says of N files, and why one cannot be used ("" if it can)."""
+    pieces = [paths[start : start + 256] for start in range(0, len(paths), 256)]
+    stats: Stats = np.zeros((len(paths), len(STATS)), np.int64)
+    reasons: list[str] = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # a network file system answers many at a time
+        for found in pool.map(_look_at, pieces):
+            for values, reason in found:
+                stats[len(reasons)] = values
+                reasons.append(reason)
+    return stats, reasons
+
+
+def _look_at(paths: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+    found: list[tuple[tuple[int, ...], str]] = []
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 - as above
+        except OSError as error:  # a dangling link, no permission
+            found.append(((0, 0, 0, 0), f"cannot be read: {error.strerror or error}"))
+            continue
+        regular = stat.S_ISREG(status.st_mode)  # a pipe would be waited for
+        found.append((_pick_stats(status), "" if regular else "not a regular file"))
+    return found
+
+
+def _pick_stats(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino & (2**63 - 1), status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _hash_all(
+    paths: Sequence[str],
+    rows: Sequence[int],
+    progress: Progress,
+    keep: Callable[[Stats, Digests], None] | None,
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Digest, stats that prove it later (or zeros) and reason of failure of each of `rows`."""
+    fresh: list[tuple[tuple[int, ...], bytes]] = []
+    kept = time.monotonic()
+
+    def keep_fresh() -> None:
+        if keep and fresh:
+            keep(np.array([values for values, _ in fresh], np.int64), np.array([digest for _, digest in fresh], "S64"))
+            fresh.clear()
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
+        answers = pool.map(_try_hash, (paths[i] for i in rows))
+        try:
+            for answer in progress.track(answers, total=len(rows), what="reading"):
+                digest, values, _ = answer
+                if any(values):
+                    fresh.append((values, digest.encode()))
+                if time.monotonic() - kept > KEEP_SECONDS:
+                    keep_fresh()
+                    kept = time.monotonic()
+                yield answer
+        finally:
+            keep_fresh()
+
+
+def _try_hash(path: str) -> tuple[str, tuple[int, ...], str]:
+    """Digest of a file's bytes; its stats, or zeros if it might have changed since unnoticed."""
+    started = time.time_ns()
     try:
-        return hash_file(path), ""
-    except OSError as error:  # a dangling link, no permission
-        return "", f"cannot be read: {error.strerror or error}"
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - as above
+            before = _pick_stats(os.fstat(file.fileno()))
+            digest = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+            after = _pick_stats(os.fstat(file.fileno()))
+    except OSError as error:
+        return "", (0, 0, 0, 0), f"cannot be read: {error.strerror or error}"
+    settled = before == after and max(after[2:]) + RACY_NS < started
+    return digest.hexdigest(), after if settled else (0, 0, 0, 0), ""
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     """Files under `folder`; links to folders are followed once, so that a loop of links ends."""
-    status = folder.stat()
+    status = os.stat(folder)  # noqa: PTH116 - as above
     if (status.st_dev, status.st_ino) in seen:
         return
     seen.add((status.st_dev, status.st_ino))
     for entry in _sorted_entries(folder):
         if _is_folder(entry):
             if not entry.name.startswith("."):
-                yield from _walk(Path(entry.path), seen)
+                yield from _walk(entry.path, seen)
         else:
-            yield Path(entry.path)
+            yield entry.path
 
 
-def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+def _sorted_entries(folder: Path | str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -438,5 +598,7 @@ def _name_some(names: Sequence[str], at_most: int = 3) -> str:
     return ", ".join(names[:at_most]) + more
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+def _relative(path: str, root: Path) -> str:
+    """A path under `root` relative to it, with "/"."""
+    start = 0 if str(root) == "." and not path.startswith("./") else len(os.path.join(root, ""))  # noqa: PTH118
+    return path[start:].replace(os.sep, "/")

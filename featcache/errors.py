@@ -15,6 +15,7 @@
     │   └── StaleCacheError      a cache made by another extractor
     ├── RunError                 a folder that is not a run, or another run, or one that does not fit
     ├── OutputError              a place that cannot be written
+    │   └── OutputBusyError      another process is writing there
     └── DownloadError            a download that failed or is not what it should be
 
     ImageError                   one image that cannot be used; collected, never shown alone
@@ -79,6 +80,10 @@ class RunError(FeatcacheError):
 
 class OutputError(FeatcacheError):
     """A result cannot be written where it should go."""
+
+
+class OutputBusyError(OutputError):
+    """Another process is writing there; the message says which."""
 
 
 class DownloadError(FeatcacheError):

@@ -1,21 +1,82 @@
-"""Files that are either whole or not there: temporary name, fsync, rename. Knows nothing of what is in them."""
+"""Files that are either whole or not there: temporary name, fsync, rename. Knows nothing of what is in them.
+
+Every call that makes something durable goes through `disk`, one method each: a test puts another object there and lets
+its k-th call fail, or dies before it. (Source of the idea: how SQLite is tested, https://www.sqlite.org/testing.html.)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from featcache.errors import OutputError
 
 
-def hash_bytes(data: bytes) -> str:
+class Disk:
+    """The calls that make something durable. All raise OSError."""
+
+    def create(self, path: Path) -> int:
+        """A new file, or an emptied old one; its descriptor."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
+        """All of `data`, from `offset` bytes on."""
+        view = memoryview(data)
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        """Make a file `size` bytes long."""
+        os.ftruncate(descriptor, size)
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until a file's bytes are on the disk."""
+        os.fsync(descriptor)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file another name, in place of what has it."""
+        source.replace(target)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Wait until a folder's names are on the disk, where the file system can."""
+        if os.name != "posix":
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # NOTE: some network file systems cannot; nothing to mend
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def make_folder(self, folder: Path) -> None:
+        """A folder with its parents, if it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def remove(self, path: Path) -> None:
+        """A file, if it is there."""
+        path.unlink(missing_ok=True)
+
+    def remove_folder(self, folder: Path) -> None:
+        """An empty folder."""
+        folder.rmdir()
+
+
+disk = Disk()
+
+
+def hash_bytes(data: bytes | memoryview) -> str:
     """SHA-256 of `data` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
@@ -72,6 +133,72 @@ def check_folder_writable(folder: Path, wanted: Path) -> None:
         raise OutputError(f"cannot write {wanted}: {error.strerror or error}; choose another place with -o") from error
 
 
+class NewFile:
+    """A file under a temporary name, written at any offset through `disk`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = disk.create(path)
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """All of `data`, from `offset` bytes on."""
+        disk.write(self.descriptor, data, offset)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """At most `size` bytes from `offset` on, of what was written."""
+        os.lseek(self.descriptor, offset, os.SEEK_SET)
+        return os.read(self.descriptor, size)
+
+    def truncate(self, size: int) -> None:
+        """Cut, or fill with zeros."""
+        disk.truncate(self.descriptor, size)
+
+
+@contextlib.contextmanager
+def replace_atomically(path: Path, size: int) -> Iterator[NewFile]:
+    """Give a new file that takes the name `path` when the block ends well: synced, renamed, its folder synced.
+
+    Parameters
+    ----------
+    path
+        The final name.
+    size
+        Bytes that it will have, for the error message.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written (permission, full disk); the old file, if any, is untouched.
+    """
+    temporary = temporary_path(path)
+    try:
+        disk.make_folder(path.parent)
+        try:
+            file = NewFile(temporary)
+            try:
+                yield file
+                disk.sync(file.descriptor)
+            finally:
+                os.close(file.descriptor)
+            disk.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        disk.sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path} ({size:,} bytes): {error.strerror or error}") from error
+
+
+def temporary_path(path: Path) -> Path:
+    """The name that a file of this process has until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def list_temporary(path: Path) -> list[Path]:
+    """Unfinished files that were to become `path`, of any process."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+
+
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file so that its final name never holds a part of it.
 
@@ -81,32 +208,30 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         If it cannot be written (permission, full disk); the old file, if any, is untouched.
     """
     data = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path} ({len(data):,} bytes): {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with replace_atomically(path, len(data)) as file:
+        file.write(data, 0)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable, where the file system can."""
-    if os.name != "posix":
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block ends, where this is the main thread.
+
+    For calls into C code that must not be left in the middle.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    arrived: list[tuple[int, FrameType | None]] = []
+    before = {
+        number: signal.signal(number, lambda *what: arrived.append(what)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        with contextlib.suppress(OSError):  # NOTE: some network file systems cannot sync a folder; nothing to mend
-            os.fsync(descriptor)
+        yield
     finally:
-        os.close(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(signal.Signals(arrived[0][0]))
 
 
 @contextlib.contextmanager
@@ -148,7 +273,7 @@ def _swap_in(temporary: Path, final: Path) -> None:
         if old.exists():
             old.rename(final)
         raise
-    sync_folder(final.parent)
+    disk.sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -19,11 +19,11 @@ from featcache.files import (
     canonical_json,
     check_folder_writable,
     check_writable,
+    disk,
     fill_folder,
     hash_bytes,
     hash_file,
     pretty_json,
-    sync_folder,
     write_atomically,
 )
 
@@ -192,7 +192,7 @@ def test_a_place_below_a_file_is_an_output_error(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", disk_is_full)
-    sync_folder(tmp_path)
+    disk.sync_folder(tmp_path)
 
 
 # One folder

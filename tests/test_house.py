@@ -34,6 +34,7 @@ NOUNS: dict[str, set[str]] = {
 }
 OWNERS = {
     "h5py": {"cache"},
+    "filelock": {"cache"},
     "PIL": {"images"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},

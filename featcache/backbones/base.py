@@ -88,15 +88,21 @@ class Backbone:
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
 
-    def describe(self) -> dict[str, Any]:
-        """The extractor as plain JSON values: everything that decides the features, and where the weights came from."""
+    def describe(self, stored: str = "float32") -> dict[str, Any]:
+        """The extractor as plain JSON values: everything that decides the features, and where the weights came from.
+
+        Parameters
+        ----------
+        stored
+            Precision in which the features are kept, "float32" or "float16".
+        """
         return {
             "backbone": self.name,
             "weights": self.weights,
             "layer": f"input of {self.classifier}",
             "dim": self.width,
             "preprocessing": self.preprocessing.to_json(),
-            "precision": {"compute": "float32", "stored": "float32"},
+            "precision": {"compute": "float32", "stored": stored},
         }
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
-from featcache.config import DEVICES, ExtractConfig
+from featcache.config import DEVICES, STORES, ExtractConfig
 from featcache.errors import BadImage
 from featcache.progress import Progress
 
@@ -84,6 +84,10 @@ machine_options = combine(
     option("--device", default=ExtractConfig.device, metavar="DEVICE", help=f"Where to run: {DEVICES}."),
 )  # fmt: skip
 
+store_option = option(
+    "--store", type=click.Choice(STORES), default=ExtractConfig.store,
+    help="Precision in which features are kept; float16 halves the file.",
+)  # fmt: skip
 skip_bad_option = option(
     "--skip-bad", is_flag=True, help="Leave out files that cannot be used as images (exit code 3)."
 )
@@ -125,3 +129,28 @@ def list_left_out(bad: Sequence[BadImage]) -> None:
     """Name the files that were left out, on stderr."""
     for path, reason in bad:
         click.echo(f"left out: {path}: {reason}", err=True)
+
+
+def format_bytes(n: float) -> str:
+    """A size for people.
+
+    >>> format_bytes(2_096_000)
+    '2.1 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """A time for people.
+
+    >>> format_duration(4000)
+    '1 h 7 min'
+    """
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

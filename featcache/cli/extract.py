@@ -11,6 +11,8 @@ from featcache.cli.common import (
     TerminalProgress,
     backbone_options,
     force_option,
+    format_bytes,
+    format_duration,
     json_option,
     list_left_out,
     machine_options,
@@ -19,6 +21,7 @@ from featcache.cli.common import (
     print_json,
     skip_bad_option,
     split_options,
+    store_option,
 )
 from featcache.config import FEATURES_FILE, RUNTIMES, ExtractConfig
 
@@ -41,13 +44,19 @@ from featcache.config import FEATURES_FILE, RUNTIMES, ExtractConfig
     help="eager is the bit-exact reference, fused is faster on a CPU.",
 )
 @split_options()
+@store_option
 @skip_bad_option
+@option("--reuse", multiple=True, type=click.Path(), metavar="FILE", help="Take rows also from this cache; repeatable.")
+@option("--rehash", is_flag=True, help="Trust neither file times nor the cache: read and check all images and rows.")
+@option("--wait", is_flag=True, help="Wait for another extraction into the same file.")
 @force_option
+@option("--dry-run", is_flag=True, help="Only say what would be computed, how long it takes, how large the file gets.")
 @json_option
-def command(data: str, output: str, as_json: bool, **settings: Any) -> int:
+def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: Any) -> int:
     """Stage 1: turn every image of DATA into features, once, kept in one HDF5 file.
 
-    Run again on unchanged data it computes nothing; on changed data only the new images.
+    Run again on unchanged data it computes nothing; on changed data only the new images. After a kill, a full disk or
+    Ctrl-C the same command goes on from there.
 
     \b
     Example:
@@ -55,6 +64,8 @@ def command(data: str, output: str, as_json: bool, **settings: Any) -> int:
     """
     from featcache.stages.extract import extract_features
 
+    if dry_run:
+        return print_forecast(data, output, as_json, settings)
     extraction = extract_features(data, output, progress=TerminalProgress(), **settings)
     cache = extraction.cache
     rows = {name: len(split) for name, split in cache.splits.items()}
@@ -82,3 +93,32 @@ def command(data: str, output: str, as_json: bool, **settings: Any) -> int:
         )
     list_left_out(extraction.bad)
     return LEFT_OUT if extraction.bad else DONE
+
+
+def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:
+    """`featcache extract --dry-run`."""
+    from featcache.stages.extract import forecast_extraction
+
+    plan, forecast = forecast_extraction(data, output, progress=TerminalProgress(), **settings)
+    rows = {name: len(split) for name, split in plan.listing.splits.items()}
+    if as_json:
+        print_json(
+            {
+                "cache": str(plan.output),
+                "decision": plan.decision,
+                "rows": len(plan.listing),
+                "splits": rows,
+                "to_compute": len(plan.missing),
+                "images_per_second": forecast.images_per_second,
+                "seconds": forecast.seconds,
+                "bytes": forecast.bytes,
+                "extractor": plan.extractor,
+            }
+        )
+        return DONE
+    click.echo(f"{plan.output}: {len(plan.listing):,} rows, {len(plan.missing):,} to compute; nothing was written")
+    cost = f"no computing, {format_bytes(forecast.bytes)}"
+    if rate := forecast.images_per_second:
+        cost = f"about {format_duration(forecast.seconds)} at {rate:.0f} images/s, {format_bytes(forecast.bytes)}"
+    click.echo(cost)
+    return DONE

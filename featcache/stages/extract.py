@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from featcache import files
 from featcache.backbones import Backbone, load_backbone
 from featcache.cache import (
+    STORED_TYPES,
     FeatureCache,
     FeatureSplit,
-    decide_extraction,
+    GatheredRows,
+    Part,
+    PartSource,
+    PartWriter,
+    RowTable,
+    Source,
+    can_serve,
+    estimate_bytes,
     hash_extractor,
-    partial_path,
-    read_unfinished,
+    hold_output,
+    keep_files,
+    key_parts,
+    list_differences,
+    list_parts,
+    make_known_files,
+    open_cache,
+    open_sources,
+    parts_path,
+    read_known_files,
+    remove_parts,
+    remove_temporary,
+    stored_precision,
     write_cache,
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
-from featcache.dataset import Listing, list_dataset, summarise
-from featcache.errors import BadImage, BadImagesError
+from featcache.dataset import STATS, Digests, KnownFiles, Listing, Split, Stats, list_changed, list_dataset, summarise
+from featcache.errors import BadImage, BadImagesError, CacheError, StaleCacheError
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
-from featcache.runtime import choose_runtime, run_network, select_device
+from featcache.runtime import Outputs, choose_runtime, run_network, select_device
 
-RowsByDigest = dict[str, NDArray[np.float32]]
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
+PROBE_IMAGES = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +62,7 @@ class Extraction:
     path
         The cache file.
     cache
-        What is in it.
+        What is in it, the features mapped from the file.
     computed
         Images that went through the network.
     bad
@@ -64,13 +83,79 @@ class Extraction:
         return len(self.cache) - self.computed
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an extraction would do, before it does anything.
+
+    Attributes
+    ----------
+    output
+        The cache file.
+    decision
+        "create" (nothing is there), "reuse" (all rows are there), "extend" (some are), "replace" (what is there is of
+        another extractor, and `force` is set) or "refuse" (and it is not).
+    listing
+        The data set.
+    backbone, device, extractor
+        What would compute, where, and its description.
+    old
+        The cache that lies there.
+    sources
+        Caches whose rows can be taken.
+    parts
+        Finished work of an earlier extraction that can be taken.
+    missing
+        Digests of the images whose rows are nowhere, each once.
+    """
+
+    output: Path
+    decision: str
+    listing: Listing
+    backbone: Backbone
+    device: torch.device
+    extractor: dict[str, Any]
+    old: FeatureCache | None
+    sources: tuple[Path, ...]
+    parts: tuple[Part, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The wanted extractor's key."""
+        return hash_extractor(self.extractor)
+
+    @property
+    def differences(self) -> list[str]:
+        """What differs between the extractor of the cache that lies there and the wanted one, "name: old -> new"."""
+        return list_differences(key_parts(self.old.extractor), key_parts(self.extractor)) if self.old else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What an extraction would cost.
+
+    Attributes
+    ----------
+    images_per_second
+        Measured on a few of the missing images; None if none is missing.
+    seconds
+        To compute them all.
+    bytes
+        Size of the finished file.
+    """
+
+    images_per_second: float | None
+    seconds: float
+    bytes: int
+
+
 def extract_features(
     data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
 ) -> Extraction:
     """Extract the features of every image of a folder into an HDF5 file.
 
     Rows whose image bytes are already in the file, made by the same extractor, are kept: on unchanged data nothing is
-    computed.
+    computed. Work is kept in parts beside the output every few seconds; after whatever stops it, the same call goes on.
 
     Parameters
     ----------
@@ -92,10 +177,11 @@ def extract_features(
     DatasetError
         If the folder is not a usable data set.
     BadImagesError
-        If files cannot be used as images and `skip_bad` is not set. The other rows are kept beside the output, under
-        another name, and reused by the next call.
+        If files cannot be used as images and `skip_bad` is not set. All other rows are kept in parts.
     StaleCacheError
-        If the output was made by another extractor and `force` is not set.
+        If the output, or a cache to reuse, was made by another extractor; the output only if `force` is not set.
+    OutputBusyError
+        If another process extracts into the output and `wait` is not set.
     BackboneError, DeviceError, MissingExtraError, OutputError
         If the network, the device or the output cannot be had.
 
@@ -108,152 +194,344 @@ def extract_features(
     started, memory = time.perf_counter(), PeakMemory()
     config, output = ExtractConfig(**settings), Path(output)
     files.check_writable(output)
-    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
+    with hold_output(output, wait=config.wait, progress=progress):
+        remove_temporary(output)
+        plan = plan_extraction(data, output, config, progress, keep=True)
+        check_plan(plan)
+        return _carry_out(plan, config, progress, started, memory)
+
+
+def plan_extraction(
+    data: Path | str, output: Path, config: ExtractConfig, progress: Progress = SILENT, *, keep: bool = False
+) -> Plan:
+    """See what there is and what is missing.
+
+    Parameters
+    ----------
+    data, output, config
+        As in `extract_features`.
+    progress
+        Told of the data set.
+    keep
+        Keep what is found out about the images' files, in parts beside the output.
+
+    Raises
+    ------
+    FeatcacheError
+        As `extract_features`, but that an output of another extractor is a decision and no error.
+    """
+    old = open_cache(output) if output.exists() else None
+
+    def keep_stats(stats: Stats, digests: Digests) -> None:
+        keep_files(parts_path(output), stats, digests)
+
+    listing = list_dataset(
+        data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        progress=progress,
+        known=None if config.rehash else _find_known_files(output, old),
+        keep=keep_stats if keep else None,
+    )
     for line in summarise(listing):
         progress.say(line)
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
-    extractor = backbone.describe()
-    decision, old = decide_extraction(output, extractor, force=config.force)
-    earlier = [cache for cache in (old, read_unfinished(output, hash_extractor(extractor))) if cache]
-    rows = {digest: row for cache in earlier for digest, row in cache.rows_by_digest().items()}
-    known = len(rows)
-    where = f"{device} ({choose_runtime(config.runtime, device)})"
-    _say_plan(decision, listing, rows, backbone, where, progress)
-    if old and (dropped := set(old.rows_by_digest()) - listing.digests()):
-        progress.say(f"{len(dropped)} rows leave {output}: their images are no longer in {listing.root}")
-    bad = list(listing.bad)
-
-    def gather(listing: Listing) -> FeatureCache:
-        """The rows that there are by now, with what they cost."""
-        spent = time.perf_counter() - started if len(rows) > known else 0.0
-        provenance = {
-            "data": str(listing.root.resolve()),
-            "settings": config.result_settings(),
-            "seconds": spent + sum(cache.provenance["seconds"] for cache in earlier),
-            "peak_memory_bytes": memory.read(),
-            "device": str(device),
-            "runtime": choose_runtime(config.runtime, device),
-            "environment": describe_environment(),
-            "bad": [list(item) for item in bad],
-        }
-        if old and len(rows) == known:  # nothing was computed: how it was once computed is what counts
-            provenance = {**provenance, **{name: old.provenance[name] for name in COMPUTED_WITH}}
-        return _make_cache(listing, rows, extractor, provenance)
-
-    try:
-        bad += compute_missing_rows(listing, rows, backbone, device, config, progress)
-    except KeyboardInterrupt:
-        _keep_unfinished(output, gather(listing), progress)
-        raise
-    if bad and not config.skip_bad:
-        _keep_unfinished(output, gather(listing), progress)
-        raise BadImagesError(bad)
-    cache = gather(listing.without(bad))
-    if old is None or not _is_same_content(old, cache):
-        write_cache(output, cache)
-    partial_path(output).unlink(missing_ok=True)
-    return Extraction(
-        path=output,
-        cache=cache,
-        computed=len(rows) - known,
-        bad=tuple(bad),
-        seconds=time.perf_counter() - started,
+    extractor = backbone.describe(config.store)
+    same = old is not None and hash_extractor(old.extractor) == hash_extractor(extractor)
+    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
+    others = {Path(path): open_cache(path) for path in config.reuse}
+    for path, cache in others.items():
+        if not can_serve(cache.extractor, extractor):
+            raise StaleCacheError(f"{path} cannot be reused: {_describe_other(cache.extractor, extractor)}")
+    parts, _ = list_parts(output, "rows", hash_extractor(extractor))
+    there = {digest for part in parts for digest in np.char.decode(part.columns["digests"], "ascii").tolist()}
+    there.update(*(cache.listing.digests() for cache in others.values()))
+    if old and usable:
+        there |= old.listing.digests()
+    wanted = dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests)
+    missing = tuple(digest for digest in wanted if digest not in there)
+    return Plan(
+        output=output,
+        decision=_decide(old, same, config.force, bool(missing)),
+        listing=listing,
+        backbone=backbone,
+        device=device,
+        extractor=extractor,
+        old=old,
+        sources=(*([output] if usable else []), *others),
+        parts=tuple(parts),
+        missing=missing,
     )
 
 
-def compute_missing_rows(
-    listing: Listing,
-    rows: RowsByDigest,
-    backbone: Backbone,
-    device: torch.device,
-    config: ExtractConfig,
-    progress: Progress,
-) -> list[BadImage]:
-    """Compute the features that `rows` lacks, each distinct image once, and put them there.
+def check_plan(plan: Plan) -> None:
+    """Raise a StaleCacheError if the plan is to refuse."""
+    if plan.decision == "refuse" and plan.old:
+        raise StaleCacheError(
+            f"{plan.output} was made by another extractor ({_describe_other(plan.old.extractor, plan.extractor)}); "
+            f"write elsewhere with -o OTHER.h5, or replace it with --force"
+        )
+
+
+def forecast_extraction(
+    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+) -> tuple[Plan, Forecast]:
+    """Say what `extract_features` would do, how long it would take and how large the file would be. Writes nothing.
+
+    Parameters, errors as of `extract_features`.
+    """
+    config = ExtractConfig(**settings)
+    plan = plan_extraction(data, Path(output), config, progress)
+    check_plan(plan)
+    return plan, estimate_cost(plan, config)
+
+
+def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
+    """How long and how large, from the images per second that a few of the missing ones take."""
+    spread = [plan.missing[i] for i in np.unique(np.linspace(0, len(plan.missing) - 1, PROBE_IMAGES).astype(int))]
+    rate = None
+    if plan.missing:
+        times, done = [time.perf_counter()], [0]
+        for output in run_backbone(plan, spread, config):
+            times.append(time.perf_counter())
+            done.append(done[-1] + len(output))
+        first = min(len(done) // 2, 4)  # the network is prepared before the first, and memory is fetched
+        rate = (done[-1] - done[first]) / max(times[-1] - times[first], 1e-9) if done[-1] > done[first] else None
+        rate = rate or done[-1] / (times[-1] - times[0])
+    empty = {
+        name: FeatureSplit(listing=split, features=np.empty((0, plan.backbone.width)))
+        for name, split in plan.listing.splits.items()
+    }
+    cache = FeatureCache(classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={})
+    return Forecast(
+        images_per_second=rate,
+        seconds=len(plan.missing) / rate if rate else 0.0,
+        bytes=estimate_bytes(cache),
+    )
+
+
+def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:
+    known = [read_known_files(output)]
+    splits = old.listing.splits.values() if old else ()
+    known += [(split.stats, np.array(split.digests, dtype="S64")) for split in splits]
+    return make_known_files(*known)
+
+
+def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) -> str:
+    if old is None:
+        return "create"
+    if not same:
+        return "replace" if force else "refuse"
+    return "extend" if missing else "reuse"
+
+
+def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: float, memory: PeakMemory) -> Extraction:
+    """Compute what is missing and put everything into the file."""
+    _say_plan(plan, choose_runtime(config.runtime, plan.device), progress)
+    if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
+        remove_parts(plan.output, plan.key)
+        return _finish(plan, 0, (), started)
+    with open_sources(plan.sources) as (sources, damaged):
+        for path, split, start, stop in damaged:
+            progress.say(
+                f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
+            )
+        missing = find_missing(plan.listing, _make_table(plan, sources, plan.parts))
+        unusable, computed = compute_rows(plan, missing, config, progress)
+        bad = [*plan.listing.bad, *unusable]
+        if bad and not config.skip_bad:
+            _say_kept(plan, progress)
+            raise BadImagesError(bad)
+        listing = plan.listing.without(bad)
+        if computed or damaged or not _is_up_to_date(plan, listing, config):
+            parts, _ = list_parts(plan.output, "rows", plan.key)
+            provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, bool(missing))
+            write_cache(plan.output, _gather(plan, listing, _make_table(plan, sources, parts), provenance))
+    if left := remove_parts(plan.output, plan.key):
+        progress.say(f"{len(left)} parts of another extractor stay in {parts_path(plan.output)}")
+    if plan.old and plan.sources and (gone := len(plan.old.listing.digests() - listing.digests())):
+        progress.say(f"{gone} rows left {plan.output}: their images are not among those of {listing.root}")
+    if missing and (changed := list_changed(listing)):
+        progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
+    return _finish(plan, computed, tuple(bad), started)
+
+
+def find_missing(listing: Listing, table: RowTable) -> list[str]:
+    """Digests of the images that have no row, each once, in the order of the listing."""
+    wanted = list(dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests))
+    there = table.find(np.array(wanted, dtype="S64")) >= 0
+    return [digest for digest, found in zip(wanted, there.tolist(), strict=True) if not found]
+
+
+def compute_rows(
+    plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress
+) -> tuple[list[BadImage], int]:
+    """Compute the features of the images with these digests and keep them in parts.
+
+    Whatever ends it, the rows that were computed are kept.
 
     Returns
     -------
-    Every file that could not be used, also those that are copies of one.
+    bad
+        Every file that could not be used, also those that are copies of one.
+    computed
+        Rows that were computed.
     """
-    paths_by_digest: dict[str, list[str]] = {}
-    for split in listing.splits.values():
-        for path, digest in zip(split.paths, split.digests, strict=True):
-            paths_by_digest.setdefault(digest, []).append(path)
-    digests = [digest for digest in paths_by_digest if digest not in rows]
     if not digests:
-        return []
+        return [], 0
+    paths_by_digest: dict[str, list[str]] = {digest: [] for digest in digests}
+    for split in plan.listing.splits.values():
+        for path, digest in zip(split.paths, split.digests, strict=True):
+            if digest in paths_by_digest:
+                paths_by_digest[digest].append(path)
+    bad: list[BadImage] = []
+    computed = 0
+    writer = PartWriter(parts_path(plan.output), plan.key, config.store)
+    digest_of = {paths[0]: digest for digest, paths in paths_by_digest.items()}
+    try:
+        for output in progress.track(run_backbone(plan, digests, config), total=len(digests), what="extracting"):
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(output.values.astype(config.store)).all(axis=1)
+            good = [digests[row] for row in output.rows[finite].tolist()]
+            writer.add(good, output.values[finite])
+            computed += len(good)
+            failed = list(output.bad)
+            for row, values in zip(output.rows[~finite].tolist(), output.values[~finite], strict=True):
+                reason = (
+                    "too large for float16; use --store float32" if np.isfinite(values).all() else "not finite numbers"
+                )
+                failed.append(BadImage(paths_by_digest[digests[row]][0], f"its features are {reason}"))
+            bad += [BadImage(copy, reason) for path, reason in failed for copy in paths_by_digest[digest_of[path]]]
+    except KeyboardInterrupt:
+        writer.flush()
+        _say_kept(plan, progress)
+        raise
+    finally:
+        writer.flush()
+    return bad, computed
+
+
+def run_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> Iterator[Outputs]:
+    """What the plan's backbone makes of the images with these digests, in their order."""
+    path_of: dict[str, str] = {}
+    for split in plan.listing.splits.values():
+        for path, digest in zip(split.paths, split.digests, strict=True):
+            path_of.setdefault(digest, path)
     source = ImageRows(
-        listing.root,
-        [paths_by_digest[digest][0] for digest in digests],
-        transform=make_evaluation_transform(backbone.preprocessing),
+        plan.listing.root,
+        [path_of[digest] for digest in digests],
+        transform=make_evaluation_transform(plan.backbone.preprocessing),
         digests=digests,
     )
-    digest_by_path = dict(zip(source.paths, digests, strict=True))
-    bad = []
-    outputs = run_network(
-        backbone.network,
+    return run_network(
+        plan.backbone.network,
         source,
-        device=device,
+        device=plan.device,
         runtime=config.runtime,
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    for output in progress.track(outputs, total=len(digests), what="extracting"):
-        failed = list(output.bad)
-        for row, values in zip(output.rows.tolist(), output.values, strict=True):
-            if np.isfinite(values).all():
-                rows[digests[row]] = values
-            else:
-                failed.append(BadImage(source.paths[row], "its features are not finite numbers"))
-        for path, reason in failed:
-            bad += [BadImage(copy, reason) for copy in paths_by_digest[digest_by_path[path]]]
-    return bad
 
 
-def _make_cache(
-    listing: Listing, rows: RowsByDigest, extractor: dict[str, Any], provenance: dict[str, Any]
-) -> FeatureCache:
-    """The rows that there are, in the listing's order."""
-    dim = extractor["dim"]
+def _make_table(plan: Plan, sources: Sequence[Source], parts: Sequence[Part]) -> RowTable:
+    return RowTable(
+        [*sources, *map(PartSource, parts)], plan.backbone.width, STORED_TYPES[stored_precision(plan.extractor)]
+    )
+
+
+def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str, Any]) -> FeatureCache:
+    """The cache to be written: every image of the listing with its row of the table."""
     splits = {}
     for name, split in listing.splits.items():
-        there = split.take(np.array([digest in rows for digest in split.digests], dtype=bool))
-        features = np.stack([rows[digest] for digest in there.digests]) if len(there) else np.empty((0, dim))
-        splits[name] = FeatureSplit(listing=there, features=features.astype(np.float32))
-    return FeatureCache(classes=listing.classes, extractor=extractor, splits=splits, provenance=provenance)
+        positions = table.find(np.array(split.digests, dtype="S64"))
+        if (positions < 0).any():
+            raise CacheError(f"parts vanished from {parts_path(plan.output)} meanwhile; run the same command again")
+        splits[name] = FeatureSplit(listing=split, features=GatheredRows(table, positions, plan.backbone.width))
+    return FeatureCache(classes=listing.classes, extractor=plan.extractor, splits=splits, provenance=provenance)
 
 
-def _is_same_content(old: FeatureCache, new: FeatureCache) -> bool:
-    """Whether a file that holds `old` need not be written again."""
+def _describe_origin(
+    plan: Plan, listing: Listing, config: ExtractConfig, memory: PeakMemory, seconds: float, computing: bool
+) -> dict[str, Any]:
+    """The provenance of the new file: what all of its rows cost, whenever they were computed."""
+    earlier = [open_cache(path).provenance for path in plan.sources]
+    provenance = {
+        "data": str(listing.root.resolve()),
+        "settings": config.result_settings(),
+        "seconds": sum(part.seconds for part in plan.parts)
+        + sum(float(origin["seconds"]) for origin in earlier)
+        + (seconds if computing else 0.0),
+        "peak_memory_bytes": memory.read(),
+        "device": str(plan.device),
+        "runtime": choose_runtime(config.runtime, plan.device),
+        "environment": describe_environment(),
+        "bad": [list(item) for item in listing.bad],
+    }
+    if earlier and not computing:  # how it was once computed is what counts
+        provenance |= {name: earlier[0][name] for name in COMPUTED_WITH}
+    return provenance
 
-    def contents(cache: FeatureCache) -> Any:
-        splits = {
-            name: (split.listing.paths, split.listing.labels.tolist(), split.listing.digests)
-            for name, split in cache.splits.items()
-        }
-        return cache.classes, splits, cache.provenance, cache.extractor
 
-    return bool(contents(old) == contents(new))
+def _is_up_to_date(plan: Plan, listing: Listing, config: ExtractConfig) -> bool:
+    """Whether the file that lies there need not be written again to hold this listing.
+
+    File stats alone are worth it if reading again the files that they would save is more than writing this one.
+    """
+    if plan.old is None or plan.decision not in ("reuse", "extend"):
+        return False
+    old, origin = plan.old.listing, plan.old.provenance
+    same = (
+        plan.old.classes == listing.classes
+        and list(old.splits) == list(listing.splits)
+        and all(_is_same_split(split, listing.splits[name]) for name, split in old.splits.items())
+        and origin["settings"] == config.result_settings()
+        and origin["bad"] == [list(item) for item in listing.bad]
+        and origin["data"] == str(listing.root.resolve())
+    )
+    if not same:
+        return False
+    to_read = 0
+    for name, split in listing.splits.items():
+        fresh = split.stats.any(axis=1) & (split.stats != old.splits[name].stats).any(axis=1)
+        to_read += int(split.stats[fresh, STATS.index("st_size")].sum())
+    return to_read < plan.output.stat().st_size
 
 
-def _keep_unfinished(output: Path, cache: FeatureCache, progress: Progress) -> None:
-    if len(cache):
-        write_cache(partial_path(output), cache)
-        progress.say(f"{len(cache)} rows kept in {partial_path(output)}; the same command goes on from there")
+def _is_same_split(one: Split, other: Split) -> bool:
+    return one.paths == other.paths and one.digests == other.digests and bool(np.array_equal(one.labels, other.labels))
 
 
-def _say_plan(
-    decision: str,
-    listing: Listing,
-    rows: RowsByDigest,
-    backbone: Backbone,
-    where: str,
-    progress: Progress,
-) -> None:
-    todo = len(listing.digests() - set(rows))
-    verb = {"create": "new cache", "reuse": "cache of the same extractor", "replace": "old cache replaced"}[decision]
+def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], started: float) -> Extraction:
+    return Extraction(
+        path=plan.output,
+        cache=open_cache(plan.output),
+        computed=computed,
+        bad=bad,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _describe_other(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
+
+
+def _say_kept(plan: Plan, progress: Progress) -> None:
+    parts, _ = list_parts(plan.output, "rows", plan.key)
+    if rows := sum(len(part.columns["digests"]) for part in parts):
+        progress.say(f"{rows} rows kept in {parts_path(plan.output)}; the same command goes on from there")
+
+
+def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:
+    verb = {
+        "create": "new cache",
+        "reuse": "cache of the same extractor",
+        "extend": "cache of the same extractor",
+        "replace": "old cache replaced",
+    }[plan.decision]
+    kept = sum(len(part.columns["digests"]) for part in plan.parts)
+    going_on = f", {kept} rows of an earlier try" if kept else ""
     progress.say(
-        f"{backbone.name}, weights {backbone.weights['name']}, {backbone.width} features, {where}; {verb}, "
-        f"{todo} images to compute"
+        f"{plan.backbone.name}, weights {plan.backbone.weights['name']}, {plan.backbone.width} features, {plan.device} "
+        f"({runtime}); {verb}{going_on}, {len(plan.missing)} images to compute"
     )

@@ -1,0 +1,98 @@
+"""Features <-> HDF5: keys, parts, rows, the finished file, its lock and its neighbours. The only owner of h5py.
+
+Knows no network and no image: rows are keyed by digests, the extractor is a JSON description.
+
+::
+
+    features.h5
+    ├── attrs   featcache_schema   2
+    │           classes            JSON list of names; a label is an index into it
+    │           extractor          JSON: backbone, weights and their SHA-256, layer, preprocessing, precision
+    │           extractor_key      SHA-256 of what decides the features
+    │           provenance         JSON: data folder, versions, device, seconds spent extracting, files left out
+    │           columns_sha256     JSON: SHA-256 of every column below
+    │           content_sha256     SHA-256 of classes, key and columns but `stats`: equal caches have equal ones
+    │           attributes_sha256  SHA-256 of those six
+    ├── train/  features         (N, D) float32 or float16, in one piece: can be memory-mapped
+    │           features_sha256  (N / 4096,) 64 bytes, SHA-256 of every 4,096 rows of features, in hexadecimal
+    │           labels           (N,)   int64
+    │           paths            (N,)   bytes, file names as the system has them, relative to the data folder
+    │           digests          (N,)   64 bytes, SHA-256 of each image file in hexadecimal
+    │           stats            (N, 4) int64, what the file system said of the file, see `dataset.KnownFiles`
+    ├── val/    the same
+    └── test/   the same, where there is one
+
+    features.h5.parts/             while an extraction runs, or after it could not finish
+    ├── rows-<key>-<sha256>.h5     some rows: features and digests of one extractor
+    └── files-<sha256>.h5          some files that were hashed: digests and stats
+    features.h5.lock               while an extraction runs: who does it
+
+A stranger needs no featcache to read it: ``h5py.File("features.h5")["train/features"][:]``.
+
+=========  ===================================================================================================
+key        what decides the features, as a digest; what differs between two extractors
+contents   FeatureCache: what a cache holds, in memory or mapped
+reading    file -> FeatureCache, as careful with strangers' files as with damaged ones; verify
+writing    FeatureCache -> file, streamed, without ever holding all rows
+parts      immutable files of finished work, from which an extraction goes on
+rows       rows of many files as one table, found by the digests of their images
+lock       one extraction at a time into one file
+tidying    what caches and leftovers lie in a folder, and their removal
+=========  ===================================================================================================
+"""
+
+from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
+from featcache.cache.key import can_serve, hash_extractor, key_parts, list_differences
+from featcache.cache.lock import hold_output
+from featcache.cache.parts import (
+    Part,
+    PartWriter,
+    keep_files,
+    list_parts,
+    make_known_files,
+    parts_path,
+    read_known_files,
+    remove_parts,
+    remove_temporary,
+)
+from featcache.cache.reading import CacheReader, Verification, open_cache, read_cache, verify_cache
+from featcache.cache.rows import GatheredRows, PartSource, RowTable, Source, open_sources
+from featcache.cache.tidying import Item, list_items, remove_item
+from featcache.cache.writing import estimate_bytes, write_cache
+
+__all__ = [
+    "SCHEMA",
+    "STORED_TYPES",
+    "CacheReader",
+    "FeatureCache",
+    "FeatureSplit",
+    "GatheredRows",
+    "Item",
+    "Part",
+    "PartSource",
+    "PartWriter",
+    "RowTable",
+    "Source",
+    "Verification",
+    "can_serve",
+    "estimate_bytes",
+    "hash_extractor",
+    "hold_output",
+    "keep_files",
+    "key_parts",
+    "list_differences",
+    "list_items",
+    "list_parts",
+    "make_known_files",
+    "open_cache",
+    "open_sources",
+    "parts_path",
+    "read_cache",
+    "read_known_files",
+    "remove_item",
+    "remove_parts",
+    "remove_temporary",
+    "stored_precision",
+    "verify_cache",
+    "write_cache",
+]

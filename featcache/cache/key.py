@@ -1,0 +1,64 @@
+"""What decides the features, as a digest; what differs between two extractors. Knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from featcache.files import canonical_json, hash_bytes
+
+# Raised when the same description would no longer give the same features. (The file's own number is the schema's.)
+KEY_SCHEMA = 1
+
+
+def key_parts(extractor: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an extractor's description that decides the features, and nothing else.
+
+    Where the weights lay and what the file was called is left out: the same tensors are the same weights.
+    """
+    weights = extractor.get("weights")
+    return {
+        **extractor,
+        "weights": weights.get("tensors_sha256") if isinstance(weights, Mapping) else weights,
+    }
+
+
+def hash_extractor(extractor: Mapping[str, Any]) -> str:
+    """The extractor's key: SHA-256 over what decides the features, and the schema."""
+    return hash_bytes(canonical_json({"schema": KEY_SCHEMA, **key_parts(extractor)}).encode())
+
+
+def can_serve(source: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether rows of one extractor are those of another: the same key, or float32 rows where float16 is wanted.
+
+    Rounding a stored float32 row to float16 is what extraction itself does.
+    """
+    if hash_extractor(source) == hash_extractor(wanted):
+        return True
+    precision = source.get("precision")
+    if not isinstance(precision, Mapping) or precision.get("stored") != "float32":
+        return False
+    rounded = {**source, "precision": {**precision, "stored": "float16"}}
+    return hash_extractor(rounded) == hash_extractor(wanted)
+
+
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each value that differs between two descriptions, as "name: old -> new".
+
+    >>> list_differences({"a": 1, "p": {"crop": 224}}, {"a": 1, "p": {"crop": 299}})
+    ['p.crop: 224 -> 299']
+    """
+    differences = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            differences += list_differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            differences.append(f"{prefix}{name}: {shorten(before)} -> {shorten(after)}")
+    return differences
+
+
+def shorten(value: Any) -> str:
+    """A value for people: a digest by its first digits."""
+    text = str(value)
+    return f"{text[:8]}..." if isinstance(value, str) and len(text) == 64 else text

@@ -1,0 +1,165 @@
+"""One extraction at a time into one file. The files are right without it; it only keeps work from being done twice.
+
+The lock is the kernel's (flock), which forgets a process when it dies. A file system without such locks gets a lease: a
+file that its holder touches every half minute, and that others may take when it was not touched for two minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from featcache.errors import OutputBusyError, OutputError
+from featcache.progress import SILENT, Progress
+
+LEASE_SECONDS = 120.0
+# What flock says where it is not to be had: no locks, not supported, and Linux's own ENOTSUPP of some NFS servers.
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 524}
+# A dead holder's decoding workers, which inherited its lock, notice within seconds that they are orphans.
+ORPHAN_SECONDS = 10.0
+
+
+def lock_path(output: Path) -> Path:
+    """The lock of an extraction into `output`."""
+    return output.with_name(output.name + ".lock")
+
+
+@contextlib.contextmanager
+def hold_output(output: Path, *, wait: bool = False, progress: Progress = SILENT) -> Iterator[None]:
+    """Be the only one who extracts into `output` while the block lasts.
+
+    Parameters
+    ----------
+    output
+        The cache file; its folder is there.
+    wait
+        Wait for another to finish, for as long as it takes, instead of stopping.
+    progress
+        Told of the waiting.
+
+    Raises
+    ------
+    OutputBusyError
+        If another process holds it and `wait` is not set; the message says which.
+    OutputError
+        If a lock cannot be made there at all.
+    """
+    lock = _acquire(output, wait, progress)
+    try:
+        with contextlib.suppress(OSError):  # on Windows its own lock keeps it from being written: nobody is named
+            if not isinstance(lock, SoftFileLease):
+                lock_path(output).write_text(json.dumps(_describe_me()) + "\n")
+        yield
+    finally:
+        if not isinstance(lock, SoftFileLease):
+            with contextlib.suppress(OSError):  # NOTE: while it is held; filelock sees that its file has no name left
+                lock_path(output).unlink()
+        lock.release()
+
+
+def is_held(output: Path) -> bool:
+    """Whether a living process extracts into `output`."""
+    if not lock_path(output).exists() and not _lease_path(output).exists():
+        return False
+    try:
+        with _try_lock(output):
+            return False
+    except Timeout:
+        return True
+
+
+def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
+    try:
+        try:
+            return _lock(output, 0)
+        except Timeout:
+            holder = _read_holder(output)
+        if _is_dead(holder):
+            with contextlib.suppress(Timeout):
+                return _lock(output, ORPHAN_SECONDS)
+        if wait:
+            progress.say(f"{output} is being extracted by {_name(holder)}; waiting for it")
+            return _lock(output, -1)
+    except OSError as error:
+        raise OutputError(f"cannot lock {output}: {error.strerror or error}; choose another place with -o") from error
+    raise OutputBusyError(
+        f"{output} is being extracted by {_name(holder)}; wait for it with --wait, or choose another place with -o"
+    )
+
+
+def _lock(output: Path, timeout: float) -> BaseFileLock:
+    """The kernel's lock, or a lease where it has none; -1 waits for ever.
+
+    Raises
+    ------
+    Timeout
+        If another process still has it after `timeout` seconds.
+    """
+    lock: BaseFileLock = FileLock(lock_path(output), fallback_to_soft=False, thread_local=False)
+    try:
+        lock.acquire(timeout=timeout, poll_interval=0.2)
+    except OSError as error:  # also filelock's Timeout, which has no number
+        if error.errno not in NO_LOCKS:
+            raise
+        with contextlib.suppress(OSError):
+            lock_path(output).unlink()
+        lock = SoftFileLease(_lease_path(output), lease_duration=LEASE_SECONDS, thread_local=False)
+        lock.acquire(timeout=timeout, poll_interval=0.2)
+    return lock
+
+
+@contextlib.contextmanager
+def _try_lock(output: Path) -> Iterator[None]:
+    lock = _lock(output, 0)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lease_path(output: Path) -> Path:
+    return output.with_name(output.name + ".lease")
+
+
+def _describe_me() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _read_holder(output: Path) -> dict[str, Any]:
+    """Who holds it, as far as it says."""
+    with contextlib.suppress(OSError, ValueError):
+        holder = json.loads(lock_path(output).read_text())
+        if isinstance(holder, dict):
+            return holder
+    lease = SoftFileLease(_lease_path(output), lease_duration=LEASE_SECONDS)
+    return {} if lease.owner is None else {"pid": lease.owner.pid, "host": lease.owner.hostname}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int) or os.name != "posix":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder.get("pid"):
+        return "another process"
+    where = f" on {holder['host']}" if holder.get("host") not in (None, socket.gethostname()) else ""
+    since = f" since {holder['since']}" if holder.get("since") else ""
+    return f"process {holder['pid']}{where}{since}"

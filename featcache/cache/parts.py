@@ -1,0 +1,219 @@
+"""Immutable files of finished work, from which an extraction goes on after whatever stopped it.
+
+A part is built in memory, written by plain Python under a temporary name, synced, and renamed to a name that carries
+its digest; it is never opened for writing again. Growing one HDF5 file in place was tried in every variant: each lost
+or falsified rows at some of the moments when a process can die.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache.reading import explain_errors
+from featcache.dataset import STATS, Digests, KnownFiles, Stats
+from featcache.errors import CacheError
+from featcache.files import disk, hash_bytes, list_temporary, write_atomically
+
+PART_SCHEMA = 1
+# A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
+PART_SECONDS = 5.0
+PART_BYTES = 32 << 20
+ROWS, FILES = "rows", "files"
+
+
+def parts_path(output: Path) -> Path:
+    """The folder of the parts of an extraction into `output`."""
+    return output.with_name(output.name + ".parts")
+
+
+class PartWriter:
+    """Takes rows as they are computed and writes a part whenever it is due.
+
+    Parameters
+    ----------
+    folder
+        Where the parts go, see `parts_path`.
+    key
+        The extractor's key.
+    dtype
+        Type in which the features are stored.
+    """
+
+    def __init__(self, folder: Path, key: str, dtype: str) -> None:
+        self._folder, self._key, self._dtype = folder, key, np.dtype(dtype)
+        self._digests: list[str] = []
+        self._features: list[NDArray[Any]] = []
+        self._bytes = 0
+        self._started = time.perf_counter()
+
+    def add(self, digests: Sequence[str], features: NDArray[Any]) -> None:
+        """Take the features (B, D) of B images.
+
+        Raises
+        ------
+        OutputError
+            If a part was due and could not be written.
+        """
+        if not digests:
+            return
+        self._digests += digests
+        self._features.append(features.astype(self._dtype))
+        self._bytes += self._features[-1].nbytes
+        if self._bytes >= PART_BYTES or time.perf_counter() - self._started >= PART_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is there as a part."""
+        if not self._digests:
+            return
+        now = time.perf_counter()
+        columns = {"features": np.concatenate(self._features), "digests": np.array(self._digests, "S64")}
+        _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, now - self._started)
+        self._digests, self._features, self._bytes, self._started = [], [], 0, now
+
+
+def keep_files(folder: Path, stats: Stats, digests: Digests) -> None:
+    """Write a part of files that were hashed.
+
+    Parameters
+    ----------
+    folder
+        Where the parts go.
+    stats
+        (N, 4) int64.
+    digests
+        (N,) S64.
+    """
+    _write_part(folder, FILES, {"stats": stats.astype("<i8"), "digests": digests.astype("S64")}, "", 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part that was found whole.
+
+    `columns` are "digests" (N,) S64 and, for a part of files, "stats"; features are read when they are wanted.
+    """
+
+    path: Path
+    key: str
+    seconds: float
+    columns: dict[str, NDArray[Any]]
+
+    def read_features(self) -> NDArray[Any]:
+        """(N, D) in the stored precision.
+
+        Raises
+        ------
+        CacheError
+            If the file is no longer what it was.
+        """
+        return _load(self.path, {"features"}).columns["features"]
+
+
+def list_parts(output: Path, kind: str, key: str = "") -> tuple[list[Part], list[Path]]:
+    """The parts of one kind that lie beside `output`.
+
+    Parameters
+    ----------
+    output
+        What is being extracted into.
+    kind
+        "rows" or "files".
+    key
+        Of the extractor that made the rows.
+
+    Returns
+    -------
+    parts
+        Those that are whole, in the order of their names.
+    damaged
+        Files that are not what their name says.
+    """
+    parts, damaged = [], []
+    for path in sorted(parts_path(output).glob(f"{kind}-{key[:16]}*.h5")):
+        try:
+            part = _load(path, {"digests", "stats"})
+        except CacheError:
+            damaged.append(path)
+            continue
+        if part.key == key:
+            parts.append(part)
+    return parts, damaged
+
+
+def read_known_files(output: Path) -> tuple[Stats, Digests]:
+    """What is known of files from the parts beside `output`: stats (N, 4) and digests (N,)."""
+    parts, _ = list_parts(output, FILES)
+    stats = [np.empty((0, len(STATS)), np.int64), *(part.columns["stats"] for part in parts)]
+    digests = [np.empty(0, "S64"), *(part.columns["digests"] for part in parts)]
+    return np.concatenate(stats), np.concatenate(digests)
+
+
+def make_known_files(*sources: tuple[Stats, Digests]) -> KnownFiles:
+    """What is known of files from several places."""
+    return KnownFiles(
+        np.concatenate([stats for stats, _ in sources]), np.concatenate([digests for _, digests in sources])
+    )
+
+
+def remove_parts(output: Path, key: str) -> list[Path]:
+    """Remove the parts of this extractor, of files, and what a dead process left of one; give what is left.
+
+    Parts of another extractor are somebody's work: they stay.
+    """
+    folder = parts_path(output)
+    if not folder.is_dir():
+        return []
+    for path in [*folder.glob(f"{ROWS}-{key[:16]}-*.h5"), *folder.glob(f"{FILES}-*.h5"), *folder.glob(".*.tmp")]:
+        disk.remove(path)
+    left = sorted(folder.iterdir())
+    if not left:
+        with contextlib.suppress(OSError):  # somebody put something there meanwhile
+            disk.remove_folder(folder)
+    return left
+
+
+def remove_temporary(output: Path) -> None:
+    """Remove unfinished files that a dead process left; only who holds the lock may."""
+    for path in [*list_temporary(output), *parts_path(output).glob(".*.tmp")]:
+        with contextlib.suppress(OSError):
+            disk.remove(path)
+
+
+def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> None:
+    with h5py.File("part", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
+        file.attrs["featcache_part"] = PART_SCHEMA
+        file.attrs["seconds"] = seconds
+        file.attrs.create("extractor_key", key.encode(), dtype=h5py.string_dtype("ascii", max(len(key), 1)))
+        for name, values in columns.items():
+            file.create_dataset(name, data=values, chunks=values.shape, fletcher32=True)
+        file.flush()
+        data = file.id.get_file_image()
+    write_atomically(folder / f"{prefix}-{hash_bytes(data)[:32]}.h5", data)
+
+
+def _load(path: Path, names: set[str]) -> Part:
+    """A part, if its bytes are those that its name promises; HDF5 sees them only then."""
+    with explain_errors(path):
+        data = path.read_bytes()
+        if hash_bytes(data)[:32] != path.stem.rpartition("-")[2]:
+            raise CacheError(f"{path} is damaged: its bytes are not those of its name")
+        with h5py.File(io.BytesIO(data), "r") as file:
+            if file.attrs["featcache_part"] != PART_SCHEMA:
+                raise CacheError(f"{path} has part schema {file.attrs['featcache_part']}, expected {PART_SCHEMA}")
+            return Part(
+                path=path,
+                key=bytes(file.attrs["extractor_key"]).decode("ascii"),
+                seconds=float(file.attrs["seconds"]),
+                columns={name: file[name][:] for name in names if name in file},
+            )

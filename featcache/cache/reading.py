@@ -1,0 +1,405 @@
+"""File -> FeatureCache, as careful with a stranger's file as with a damaged one.
+
+Before a column is read, its links, type, shape, storage and size are looked at: nothing outside the file is followed,
+nothing is allocated that the file does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache.contents import (
+    BLOCK_ROWS,
+    SCHEMA,
+    SPLITS,
+    STORED_TYPES,
+    FeatureCache,
+    FeatureSplit,
+    hash_content,
+    stored_precision,
+)
+from featcache.dataset import STATS, Split
+from featcache.errors import CacheError
+from featcache.files import canonical_json, hash_bytes
+
+TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
+COLUMNS = ("features", "features_sha256", "labels", "paths", "digests", "stats")
+SMALL_COLUMNS = COLUMNS[1:]
+READ_ROWS = 4 * BLOCK_ROWS  # at a time
+MAX_TEXT = 1 << 28  # bytes of one attribute; the longest honest one lists the bad files of a large data set
+
+
+def open_cache(path: Path | str) -> FeatureCache:
+    """Open a feature cache: everything but the features is read and checked, the features are mapped.
+
+    The mapped features are read from the disk when they are used, and are not checked against their digests; see
+    `verify_cache`.
+
+    Raises
+    ------
+    CacheError
+        If there is no such file, it is not a feature cache, or what was read of it is damaged.
+    """
+    with CacheReader(path) as reader:
+        return reader.cache
+
+
+def read_cache(path: Path | str) -> FeatureCache:
+    """Read a feature cache into memory, features as float32, every byte checked against its digest.
+
+    Raises
+    ------
+    CacheError
+        If there is no such file, it is not a feature cache, or it is damaged.
+    """
+    with CacheReader(path) as reader:
+        splits = {}
+        for name, split in reader.cache.splits.items():
+            features = reader.read_features(name, 0, len(split))
+            if damaged := reader.find_damage(name, features):
+                raise CacheError(_say_damage(reader.path, [(name, *rows) for rows in damaged]))
+            if not np.isfinite(features).all():
+                raise CacheError(f"{path} is damaged: {name}/features holds NaN or infinity; extract again")
+            splits[name] = FeatureSplit(listing=split.listing, features=features.astype(np.float32, copy=False))
+        cache = reader.cache
+        return FeatureCache(
+            classes=cache.classes,
+            extractor=cache.extractor,
+            splits=splits,
+            provenance=cache.provenance,
+            content_sha256=cache.content_sha256,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What a check of every byte that matters found.
+
+    Attributes
+    ----------
+    path
+        The file.
+    rows
+        Rows in it.
+    bytes
+        Its size.
+    damaged
+        (split, first row, row after the last) of features that are not those that were written.
+    """
+
+    path: Path
+    rows: int
+    bytes: int
+    damaged: tuple[tuple[str, int, int], ...]
+
+    def __bool__(self) -> bool:
+        return not self.damaged
+
+
+def verify_cache(path: Path | str) -> Verification:
+    """Recompute every digest of a cache, block by block, in little memory.
+
+    Raises
+    ------
+    CacheError
+        If it is not a feature cache, or anything but features is damaged.
+    """
+    with CacheReader(path) as reader:
+        damaged = []
+        for name, split in reader.cache.splits.items():
+            for start in range(0, len(split), READ_ROWS):
+                features = reader.read_features(name, start, min(start + READ_ROWS, len(split)))
+                damaged += [(name, *rows) for rows in reader.find_damage(name, features, start)]
+                if not damaged and not np.isfinite(features).all():
+                    raise CacheError(f"{path} holds NaN or infinity in {name}/features; extract again")
+        return Verification(
+            path=reader.path, rows=len(reader.cache), bytes=reader.path.stat().st_size, damaged=tuple(damaged)
+        )
+
+
+def read_summary(path: Path) -> str:
+    """A feature cache in half a line: backbone, rows, width.
+
+    Raises
+    ------
+    CacheError
+        If it is not one.
+    """
+    with open_hdf5(path) as (file, _), explain_errors(path):
+        extractor = _load_json(_read_texts(file, path)["extractor"], dict, "extractor", path)
+        columns = [find_column(file, f"{name}/features", path) for name in SPLITS if name in file]
+        rows = sum(len(column) for column in columns)
+        return f"{extractor['backbone']}: {rows:,} rows of {extractor['dim']} {stored_precision(extractor)}"
+
+
+class CacheReader:
+    """A feature cache that is open: its `cache` as `open_cache` gives it, its features slice by slice.
+
+    It stays the same file even if another one takes its name meanwhile.
+
+    Raises
+    ------
+    CacheError
+        If there is no such file, it is not a feature cache, or what was read of it is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._stack = contextlib.ExitStack()
+        try:
+            self._file, self._stream = self._stack.enter_context(open_hdf5(self.path))
+            with explain_errors(self.path):
+                self._read()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> CacheReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def read_features(self, split: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of a split (stop - start, D) in the stored precision, unchecked."""
+        with explain_errors(self.path):
+            values: NDArray[Any] = self._features[split][start:stop]
+            return values
+
+    def find_damage(self, split: str, features: NDArray[Any], start: int = 0) -> list[tuple[int, int]]:
+        """Which blocks of rows are not those that were written, as (first row, row after the last).
+
+        Parameters
+        ----------
+        split
+            Name of the split.
+        features
+            (n, D), read from it.
+        start
+            The first of these rows, a multiple of BLOCK_ROWS.
+        """
+        first = start // BLOCK_ROWS
+        expected = self._blocks[split][first : first + -(-len(features) // BLOCK_ROWS)]
+        return [
+            (start + i * BLOCK_ROWS, min(start + (i + 1) * BLOCK_ROWS, start + len(features)))
+            for i, (found, wanted) in enumerate(zip(hash_blocks(features), expected, strict=True))
+            if found != wanted
+        ]
+
+    def _read(self) -> None:
+        texts = _read_texts(self._file, self.path)
+        extractor = _load_json(texts["extractor"], dict, "extractor", self.path)
+        columns_sha256 = _load_json(texts["columns_sha256"], dict, "columns_sha256", self.path)
+        names = [name for name in SPLITS if name in self._file]
+        self._features: dict[str, h5py.Dataset] = {}
+        self._blocks: dict[str, list[str]] = {}
+        cache = FeatureCache(
+            classes=tuple(_load_json(texts["classes"], list, "classes", self.path)),
+            extractor=extractor,
+            splits={name: self._open_split(name, columns_sha256, extractor) for name in names},
+            provenance=_load_json(texts["provenance"], dict, "provenance", self.path),
+            content_sha256=texts["content_sha256"],
+        )
+        if not {"train", "val"} <= set(names):
+            raise CacheError(f"{self.path} is not a whole feature cache: expected train and val; extract again")
+        if cache.key != texts["extractor_key"]:
+            raise CacheError(f"{self.path} is damaged: its extractor and its extractor_key disagree; extract again")
+        if hash_content(cache.classes, cache.key, columns_sha256) != cache.content_sha256:
+            raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; extract again")
+        _check_consistent(cache, self.path)
+        self.cache = cache
+
+    def _open_split(self, name: str, columns_sha256: Mapping[str, str], extractor: Mapping[str, Any]) -> FeatureSplit:
+        columns = {column: find_column(self._file, f"{name}/{column}", self.path) for column in COLUMNS}
+        features = columns.pop("features")
+        expected = (features.shape[0], extractor["dim"], STORED_TYPES.get(stored_precision(extractor)))
+        if (*features.shape, features.dtype.str) != expected:
+            raise CacheError(
+                f"{self.path} is damaged: {name}/features is {features.dtype} {features.shape}, expected "
+                f"{stored_precision(extractor)} of width {extractor['dim']}; extract again"
+            )
+        values = {column: dataset[:] for column, dataset in columns.items()}
+        for column, value in values.items():
+            if hash_bytes(value.tobytes()) != columns_sha256.get(f"{name}/{column}"):
+                raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; extract again")
+        blocks = [text.decode("ascii") for text in values["features_sha256"].tolist()]
+        if hash_bytes("".join(blocks).encode()) != columns_sha256.get(f"{name}/features"):
+            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; extract again")
+        n = len(features)
+        lengths = {n, *(len(values[column]) for column in ("labels", "paths", "digests", "stats"))}
+        if lengths != {n} or len(blocks) != -(-n // BLOCK_ROWS) or values["stats"].shape[1:] != (len(STATS),):
+            raise CacheError(f"{self.path} is damaged: the columns of {name} differ in length; extract again")
+        self._features[name], self._blocks[name] = features, blocks
+        listing = Split(
+            paths=tuple(os.fsdecode(value) for value in values["paths"].tolist()),
+            labels=values["labels"].astype(np.int64),
+            digests=tuple(str(value, "ascii") for value in values["digests"].tolist()),
+            stats=values["stats"].astype(np.int64),
+        )
+        return FeatureSplit(listing=listing, features=map_features(features, self._stream, self.path))
+
+
+def hash_blocks(features: NDArray[Any]) -> list[str]:
+    """SHA-256 of every BLOCK_ROWS rows of features (N, D), in hexadecimal; hashed on all cores."""
+
+    def hash_one(start: int) -> str:
+        return hash_bytes(np.ascontiguousarray(features[start : start + BLOCK_ROWS]).data)
+
+    starts = range(0, len(features), BLOCK_ROWS)
+    if len(starts) < 2:
+        return [hash_one(start) for start in starts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(hash_one, starts))
+
+
+def map_features(dataset: h5py.Dataset, stream: FileIO, path: Path) -> NDArray[Any]:
+    """A column's values as an array that is read from the file when it is used."""
+    offset = dataset.id.get_offset()
+    if offset is None:  # no rows
+        return np.empty(dataset.shape, dataset.dtype)
+    if offset + dataset.nbytes > path.stat().st_size:
+        raise CacheError(f"{path} is damaged: {dataset.name} {dataset.shape} is not all there; extract again")
+    mapped: NDArray[Any] = np.memmap(stream, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
+    return mapped
+
+
+@contextlib.contextmanager
+def open_hdf5(path: Path) -> Iterator[tuple[h5py.File, FileIO]]:
+    """An HDF5 file for reading, and the stream that it is read from; no lock of anybody's keeps it from being read.
+
+    Raises
+    ------
+    CacheError
+        If there is none.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
+        raise CacheError(f"{path} {what}: expected a feature cache; `featcache extract DATA -o {path}` makes one")
+    with explain_errors(path):
+        status = path.stat()
+        if hasattr(status, "st_blocks") and status.st_size > (1 << 30) + 1000 * 512 * status.st_blocks:
+            raise CacheError(f"{path} claims {status.st_size:,} bytes and holds {512 * status.st_blocks:,}; remove it")
+    with path.open("rb", buffering=0) as stream:  # NOTE: HDF5's own locks fail on some network file systems
+        with explain_errors(path):
+            file = h5py.File(stream, "r")
+        try:
+            yield file, stream
+        finally:
+            file.close()
+
+
+@contextlib.contextmanager
+def explain_errors(path: Path) -> Iterator[None]:
+    """Whatever HDF5 and a strange file can raise, as one line that names the file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise CacheError(f"{path} does not fit into memory ({path.stat().st_size:,} bytes)") from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CacheError(
+            f"{path} cannot be read as a feature cache ({reason}); remove it and run `featcache extract DATA "
+            f"-o {path}` again"
+        ) from error
+
+
+def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    """A column, if it really lies in this file, as one plain piece of a size that the file can hold.
+
+    Raises
+    ------
+    CacheError
+        If it is missing, or a link, virtual, external, compressed, of another kind, or larger than the file.
+    """
+    group: Any = file
+    for part in name.split("/"):
+        if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise CacheError(f"{path} is not a whole feature cache: {name} is missing or a link; extract again")
+        group = group[part]
+    if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
+        raise CacheError(f"{path} is not a feature cache: {name} is not stored in it; extract again")
+    column = name.rpartition("/")[2]
+    kinds = {"features": ("<f4", "<f2"), "labels": ("<i8",), "stats": ("<i8",)}.get(column)
+    right_kind = group.dtype.kind == "S" if kinds is None else group.dtype.str in kinds
+    if group.ndim != (2 if column in ("features", "stats") else 1) or not right_kind:
+        raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; extract again")
+    if group.chunks is not None and group.id.get_create_plist().get_nfilters() and not group.fletcher32:
+        raise CacheError(f"{path} is not a feature cache: {name} is compressed; extract again")
+    if group.id.get_storage_size() < group.nbytes or group.nbytes > path.stat().st_size:
+        raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; extract again")
+    return group
+
+
+def _read_texts(file: h5py.File, path: Path) -> dict[str, str]:
+    """The attributes, if they are those of a cache of this schema and what was written."""
+    if "featcache_schema" not in file.attrs:
+        raise CacheError(f"{path} is an HDF5 file but not a feature cache; `featcache extract DATA` makes one")
+    found = _read_plain(file, "featcache_schema", path)
+    if found != SCHEMA:
+        raise CacheError(f"{path} has cache schema {found}, this featcache reads {SCHEMA}; extract again")
+    names = (*TEXTS, "attributes_sha256")
+    if missing := [name for name in names if name not in file.attrs]:
+        raise CacheError(f"{path} is not a whole feature cache: it lacks {', '.join(missing)}; extract again")
+    texts = {name: str(_read_plain(file, name, path)) for name in names}
+    if texts.pop("attributes_sha256") != hash_texts(texts):
+        raise CacheError(f"{path} is damaged: its attributes are not those that were written; extract again")
+    return texts
+
+
+def _read_plain(file: h5py.File, name: str, path: Path) -> str | int:
+    """An attribute that is one integer or one text of fixed length; nothing that points anywhere."""
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.kind not in "iuS" or attribute.dtype.itemsize > MAX_TEXT:
+        raise CacheError(f"{path} is damaged: its attributes are not those that were written; extract again")
+    value = file.attrs[name]
+    return value.decode("ascii") if isinstance(value, bytes) else int(value)
+
+
+def hash_texts(texts: Mapping[str, str]) -> str:
+    """Digest of the attributes."""
+    return hash_bytes(canonical_json(dict(texts)).encode())
+
+
+def _load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
+    value = json.loads(text)
+    if not isinstance(value, kind):
+        raise CacheError(f"{path} is not a feature cache: its {name} is no {kind.__name__}; extract again")
+    return value
+
+
+def _check_consistent(cache: FeatureCache, path: Path) -> None:
+    if not all(isinstance(name, str) for name in cache.classes) or len(set(cache.classes)) < len(cache.classes):
+        raise CacheError(f"{path} is damaged: its classes are not different names; extract again")
+    if not isinstance(cache.provenance.get("data"), str):
+        raise CacheError(f"{path} is damaged: its provenance does not name the data; extract again")
+    for name, split in cache.splits.items():
+        labels = split.listing.labels
+        if len(labels) and not (labels.min() >= 0 and labels.max() < len(cache.classes)):
+            raise CacheError(f"{path} is damaged: {name}/labels are not indices into its classes; extract again")
+        for image in split.listing.paths:
+            if image.startswith("/") or "\0" in image or ".." in image.split("/"):
+                raise CacheError(f"{path} is not a feature cache: {name}/paths leads out of the data: {image!r}")
+
+
+def _say_damage(path: Path, damaged: list[tuple[str, int, int]]) -> str:
+    where = ", ".join(f"{name}/features rows {start} to {stop - 1}" for name, start, stop in damaged[:3])
+    more = f" and {len(damaged) - 3} more places" if len(damaged) > 3 else ""
+    return (
+        f"{path} is damaged: {where}{more} are not what was written; `featcache extract DATA -o {path} "
+        f"--rehash` computes them again"
+    )

@@ -1,0 +1,154 @@
+"""Rows of many files as one table, found by the digests of their images, fetched slice by slice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache.parts import Part
+from featcache.cache.reading import READ_ROWS, CacheReader
+from featcache.dataset import Digests
+
+
+class Source(Protocol):
+    """Some rows that lie in one place."""
+
+    digests: Digests  # (n,) S64; "" for a row that cannot be used
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Features (stop - start, D)."""
+
+
+class SplitSource:
+    """The rows of one split of an open cache, but those in damaged blocks.
+
+    Attributes
+    ----------
+    damaged
+        (first row, row after the last) of each such block.
+    """
+
+    def __init__(self, reader: CacheReader, split: str) -> None:
+        self._reader, self._split = reader, split
+        self.digests = np.array(reader.cache.splits[split].listing.digests, dtype="S64")
+        self.damaged: list[tuple[int, int]] = []
+        for start in range(0, len(self.digests), READ_ROWS):
+            features = reader.read_features(split, start, start + READ_ROWS)
+            self.damaged += reader.find_damage(split, features, start)
+        for start, stop in self.damaged:
+            self.digests[start:stop] = b""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Features (stop - start, D)."""
+        return self._reader.read_features(self._split, start, stop)
+
+
+class PartSource:
+    """The rows of a part."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.digests = part.columns["digests"]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Features (stop - start, D)."""
+        return self._part.read_features()[start:stop]
+
+
+class RowTable:
+    """All rows that there are, by digest. The first source that has a row gives it.
+
+    Parameters
+    ----------
+    sources
+        Where rows lie.
+    dim
+        D, features per row.
+    dtype
+        Type that they are wanted in.
+    """
+
+    def __init__(self, sources: Sequence[Source], dim: int, dtype: str) -> None:
+        self._sources, self._dim, self._dtype = list(sources), dim, dtype
+        self._starts = np.cumsum([0, *(len(source.digests) for source in sources)])
+        digests = np.concatenate([np.empty(0, "S64"), *(source.digests for source in sources)])
+        self._order = np.argsort(digests, kind="stable")
+        self._sorted = digests[self._order]
+
+    def find(self, digests: Digests) -> NDArray[np.int64]:
+        """The position of each of N rows in this table, -1 where there is none."""
+        if not len(self._sorted):
+            return np.full(len(digests), -1, np.int64)
+        at = np.minimum(np.searchsorted(self._sorted, digests), len(self._sorted) - 1)
+        return np.where((self._sorted[at] == digests) & (digests != b""), self._order[at], -1)
+
+    def read(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Features (N, D) of the rows at N positions, in their order; each source is read once, from start to end."""
+        values = np.empty((len(positions), self._dim), self._dtype)
+        order = np.argsort(positions, kind="stable")
+        bounds = np.searchsorted(positions[order], self._starts)
+        for source, offset, first, last in zip(self._sources, self._starts[:-1], bounds[:-1], bounds[1:], strict=True):
+            for wanted, rows in _split_windows(order[first:last], positions[order[first:last]] - offset):
+                start = int(rows[0])
+                with np.errstate(over="ignore"):  # the writer looks for what is not finite
+                    values[wanted] = source.read(start, int(rows[-1]) + 1)[rows - start]
+        return values
+
+
+def _split_windows(
+    wanted: NDArray[np.int64], rows: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Cut sorted rows (and what belongs to them) where a window of READ_ROWS rows ends."""
+    if len(rows):
+        cuts = np.flatnonzero(np.diff(rows // READ_ROWS)) + 1
+        yield from zip(np.split(wanted, cuts), np.split(rows, cuts), strict=True)
+
+
+class GatheredRows:
+    """Rows of a table in a certain order, as features (N, D) that are fetched slice by slice."""
+
+    def __init__(self, table: RowTable, positions: NDArray[np.int64], dim: int) -> None:
+        self._table, self._positions = table, positions
+        self.shape = (len(positions), dim)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """(n, D) of these rows."""
+        return self._table.read(self._positions[rows])
+
+
+@contextlib.contextmanager
+def open_sources(caches: Sequence[Path]) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
+    """The rows of finished caches, as long as the block lasts.
+
+    Every block of features is compared with its digest first: damaged rows are as good as none.
+
+    Returns
+    -------
+    sources
+        One for each split of each cache.
+    damaged
+        (file, split, first row, row after the last) of what is not what was written.
+
+    Raises
+    ------
+    CacheError
+        If a file is not a feature cache.
+    """
+    damaged = []
+    sources: list[Source] = []
+    with contextlib.ExitStack() as stack:
+        for path in caches:
+            reader = stack.enter_context(CacheReader(path))
+            for split in reader.cache.splits:
+                source = SplitSource(reader, split)
+                damaged += [(path, split, *rows) for rows in source.damaged]
+                sources.append(source)
+        yield sources, damaged
