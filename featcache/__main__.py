@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
-from featcache.cli import INTERRUPTED, run
+from featcache.cli import INTERRUPTED, TERMINATED, run
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     code = run()
-    if code == INTERRUPTED:  # NOTE: threads may still be inside a forward pass; an orderly exit would race with them
+    if code in (
+        INTERRUPTED,
+        TERMINATED,
+    ):  # NOTE: threads may still be inside a forward pass; an orderly exit would race with them
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,22 +1,10 @@
-"""Files to batches: bytes -> decoded RGB image -> transformed batch (B, 3, H, W) float32. The only owner of Pillow.
+"""Files to batches: path -> bytes -> decoded RGB image -> transformed batch (B, 3, H, W) float32.
 
-Knows no labels' meaning, no network and no cache. What a decoder makes of unusual images is one stated rule each:
-
-========================  ==================================================================================
-file format               JPEG, PNG, WebP, BMP, GIF, TIFF and PNM, told by content, never by name
-EXIF orientation          applied; a damaged EXIF block is as good as none
-transparency              composed on white
-16-bit grey               divided by 257, so that full scale stays full scale
-float or 32-bit pixels    refused: their range is not stated in the file
-animation, pages          the first frame
-truncated                 refused, as far as the decoder can tell
-more than MAX_PIXELS      refused from the header, before decoding
-========================  ==================================================================================
+Knows no labels' meaning, no network and no cache; what decoding does is `featcache.decoding`'s.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
@@ -26,27 +14,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from featcache.decoding import RULES, decode_safely
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 178_956_970  # Pillow's own limit of a decompression bomb: 0.5 GB as RGB
-ORIENTATION_TAG = 0x0112
-ORIENTATIONS = {  # what undoes each, as in PIL.ImageOps.exif_transpose, which fails where another EXIF field is damaged
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-RULES = "pillow; exif applied; alpha on white; 16-bit / 257; first frame"
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
@@ -113,31 +88,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, for fast copies to a GPU."""
         return Batch(self.rows, self.images.pin_memory(), self.labels.pin_memory(), self.bad)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode one image file's bytes to RGB, by the rules of this module.
-
-    Raises
-    ------
-    ImageError
-        If the bytes are not an image of a known format, or it is damaged or too large.
-    """
-    if not data:
-        raise ImageError("empty file (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.width, image.height)
-        image.load()
-        return _to_rgb(_orient(image), image.format)
-    except (ImageError, MemoryError):  # short memory is no fault of the file's
-        raise
-    except UnidentifiedImageError:
-        raise ImageError("not an image of a known format") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:
-        raise ImageError(f"damaged image: {error}" if str(error) else "damaged image") from error
 
 
 def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
@@ -224,7 +174,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if self.digests is not None and hash_bytes(data) != self.digests[row]:
             raise ImageError("changed while it was being worked on; run the same command again")
-        return self.transform(decode_image(data))
+        return self.transform(decode_safely(data))
 
     def collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
         """Stack the usable rows and name the others."""
@@ -303,46 +253,6 @@ def _ignore_interrupt(worker: int) -> None:
 
 def _to_normalised_tensor(preprocessing: Preprocessing) -> list[Any]:
     return [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
-    short, long = sorted((width, height))
-    if long > 500 * short:  # resizing the shorter side to 256 would make a gigabyte of a 1 x 5000 strip
-        raise ImageError(f"{width} x {height} is a strip: one side is more than 500 times the other")
-
-
-def _orient(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001 - a damaged EXIF block raises anything; the pixels are there all the same
-        return image
-    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
-
-
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Any mode that Pillow decodes to 8-bit RGB."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "I" and file_format == "TIFF":
-        raise ImageError("32-bit pixels: their range is not stated in the file; save it with 8 or 16 bits")
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        return _scale_16_bit(image)
-    if image.mode == "F":
-        raise ImageError("floating-point pixels: their range is not stated in the file; save it with 8 or 16 bits")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layers).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_16_bit(image: Image.Image) -> Image.Image:
-    pixels = np.asarray(image)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ImageError("32-bit pixels: their range is not stated in the file; save it with 8 or 16 bits")
-    return Image.fromarray(np.round(pixels / 257).astype(np.uint8)).convert("RGB")
 
 
 def enlarge(picture: np.ndarray[Any, np.dtype[np.uint8]], size: int) -> Image.Image:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from featcache.config import DEVICES
+from featcache.decoding import close_helpers
 from featcache.errors import BadImage, DeviceError
 from featcache.images import Batch, ImageRows, count_cores, make_loader
 
@@ -134,12 +135,15 @@ def run_network(
     if device.type == "cpu":
         keep_freed_memory()
     size = batch_size or choose_batch_size(device)
-    if choose_runtime(runtime, device) == "fused":
-        n_threads = count_cores() if workers is None else workers
-        yield from _run_on_cores(network, fuse_network(network, rows), rows, size, n_threads)
-        return
-    for batch in make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda"):
-        yield _forward(network, batch, device)
+    try:
+        if choose_runtime(runtime, device) == "fused":
+            n_threads = count_cores() if workers is None else workers
+            yield from _run_on_cores(network, fuse_network(network, rows), rows, size, n_threads)
+            return
+        for batch in make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda"):
+            yield _forward(network, batch, device)
+    finally:
+        close_helpers()
 
 
 def keep_freed_memory() -> None:

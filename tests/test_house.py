@@ -20,13 +20,14 @@ LEAVES = {"errors", "config", "files", "progress"}
 # A noun imports leaves, and of the other nouns only these; the reason is what it needs of each.
 NOUNS: dict[str, set[str]] = {
     "dataset": set(),
-    "images": set(),
+    "decoding": set(),
+    "images": {"decoding"},  # an image from a file's bytes
     "metrics": set(),
     "training": set(),
     "plots": set(),
     "runs": set(),
     "backbones": {"images"},  # Preprocessing: part of the weights
-    "runtime": {"images"},  # ImageRows and Batch: what it runs on
+    "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
     "heads": {"metrics"},  # probabilities from logits
     "cache": {"dataset"},  # Split and Listing: which image a row is
     "report": {"metrics", "runs"},  # RunRecords in, numbers out
@@ -35,7 +36,7 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"images"},
+    "PIL": {"decoding", "images"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
     "matplotlib": {"plots"},

@@ -19,16 +19,15 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
+from featcache.decoding import MAX_PIXELS, decode_image
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
 from featcache.images import (
-    MAX_PIXELS,
     Batch,
     ImageRows,
     Preprocessing,
     choose_workers,
     count_cores,
-    decode_image,
     denormalise,
     enlarge,
     make_checking_loader,

@@ -42,7 +42,7 @@ tidying    what caches and leftovers lie in a folder, and their removal
 """
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
-from featcache.cache.key import can_serve, hash_extractor, key_parts, list_differences
+from featcache.cache.key import can_serve, hash_extractor, key_parts, list_differences, shorten
 from featcache.cache.lock import hold_output
 from featcache.cache.parts import (
     Part,
@@ -92,6 +92,7 @@ __all__ = [
     "remove_item",
     "remove_parts",
     "remove_temporary",
+    "shorten",
     "stored_precision",
     "verify_cache",
     "write_cache",

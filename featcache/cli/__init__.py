@@ -10,6 +10,7 @@ exit code   meaning
 2           usage: an option or argument that cannot be understood
 3           done, with images left out; they are named on stderr
 130         interrupted with Ctrl-C
+143         ended by SIGTERM; what was computed is kept, as after Ctrl-C
 ==========  =====================================================================
 """
 
@@ -19,9 +20,13 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -34,11 +39,16 @@ COMMANDS = {
     "compare": "compare",
     "show": "show",
     "predict": "predict",
+    "cache": "cache",
     "sample": "sample",
     "download": "download",
 }
 
-DONE, ERROR, USAGE, LEFT_OUT, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, ERROR, USAGE, LEFT_OUT, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: stop as after Ctrl-C."""
 
 
 class LazyGroup(click.Group):
@@ -77,7 +87,7 @@ class LazyGroup(click.Group):
     },
     epilog="Every option can also be set in the environment: --batch-size as FEATCACHE_BATCH_SIZE, or for one command "
     "as FEATCACHE_EXTRACT_BATCH_SIZE. Exit codes: 0 done, 1 error, 2 usage, 3 done with images left out, 130 "
-    "interrupted.",
+    "interrupted, 143 terminated.",
 )
 @click.version_option(package_name="featcache")
 def featcache() -> None:
@@ -101,6 +111,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata: what matters is raised
     warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the plots' font lacks
+    before = _raise_on_sigterm()
     try:
         result = featcache.main(args=arguments, prog_name="featcache", standalone_mode=False)
         code = result if isinstance(result, int) else DONE
@@ -110,6 +121,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except FeatcacheError as error:
         print(f"Error: {error}", file=sys.stderr)
         code = USAGE if isinstance(error, SettingsError) else ERROR
+    except Terminated:
+        print("terminated", file=sys.stderr)
+        code = TERMINATED
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -122,7 +136,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: cannot write the output: {error.strerror}", file=sys.stderr)
         abandon_stdout()
         code = ERROR
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return code
+
+
+def _raise_on_sigterm() -> Any:
+    """Let SIGTERM raise `Terminated`; give what it did before, None where this is not the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 def abandon_stdout() -> None:

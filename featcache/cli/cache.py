@@ -1,0 +1,291 @@
+"""`featcache cache`: look into cache files, check them, explain them, list them, remove them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featcache.cli import DONE, ERROR
+from featcache.cli.common import (
+    TerminalProgress,
+    backbone_options,
+    format_bytes,
+    format_duration,
+    json_option,
+    option,
+    output_option,
+    print_json,
+    split_options,
+    store_option,
+)
+from featcache.config import FEATURES_FILE, ExtractConfig
+from featcache.errors import CacheError
+
+if TYPE_CHECKING:
+    from featcache.cache import FeatureCache, Item
+    from featcache.stages.explain import Explanation
+
+
+@click.group("cache", short_help="Cache files: info, verify, explain, ls, prune.")
+def command() -> None:
+    """Look into cache files, check every byte of them, see why one is not reused, find and remove them.
+
+    \b
+    Example:
+      featcache cache info features.h5
+      featcache cache verify features.h5
+      featcache cache ls
+    """
+
+
+@command.command("info", short_help="What is in a cache file.")
+@click.argument("file", type=click.Path(), default=FEATURES_FILE)
+@json_option
+def info(file: str, as_json: bool) -> None:
+    """What is in FILE: backbone, weights, preprocessing, rows, classes, where it came from and what it cost.
+
+    \b
+    Example:
+      featcache cache info features.h5
+    """
+    from featcache.cache import open_cache
+
+    cache = open_cache(file)
+    size = Path(file).stat().st_size
+    if as_json:
+        print_json(
+            {
+                "cache": file,
+                "bytes": size,
+                "rows": len(cache),
+                "splits": {name: len(split) for name, split in cache.splits.items()},
+                "classes": list(cache.classes),
+                "dim": cache.dim,
+                "stored": cache.stored,
+                "extractor_key": cache.key,
+                "content_sha256": cache.content_sha256,
+                "extractor": cache.extractor,
+                "provenance": cache.provenance,
+            }
+        )
+        return
+    click.echo(f"{file}: a feature cache of {len(cache):,} rows, {format_bytes(size)}")
+    for name, text in describe_cache(cache):
+        click.echo(f"  {name:<15}{text}")
+
+
+def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
+    """What a person wants to know of a cache, line by line."""
+    extractor, origin = cache.extractor, cache.provenance
+    look = extractor["preprocessing"]
+    weights = extractor["weights"]
+    n_bad = len(origin["bad"])
+    shown = ", ".join(cache.classes[:6]) + (f" and {len(cache.classes) - 6} more" if len(cache.classes) > 6 else "")
+    return [
+        ("backbone", f"{extractor['backbone']}, weights {weights['name']} ({weights['tensors_sha256'][:8]}...)"),
+        ("features", f"{cache.dim} {cache.stored}, {extractor['layer']}"),
+        ("images", f"resized to {look['resize']}, {look['crop']} x {look['crop']} cut out, {look['interpolation']}"),
+        ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
+        ("classes", f"{len(cache.classes)}: {shown}"),
+        ("data", origin["data"] + (f" ({n_bad} bad files left out)" if n_bad else "")),
+        ("computed", f"in {format_duration(origin['seconds'])} on {origin['device']} ({origin['runtime']})"),
+        ("extractor key", cache.key),
+        ("content", cache.content_sha256),
+    ]
+
+
+@command.command("verify", short_help="Is every byte what was written?")
+@click.argument("files", type=click.Path(), nargs=-1)
+@json_option
+def verify(files: tuple[str, ...], as_json: bool) -> int:
+    """Recompute every digest in FILES (default: features.h5); exit code 1 if a single byte that matters is not right.
+
+    \b
+    Example:
+      featcache cache verify features.h5
+    """
+    from featcache.cache import verify_cache
+
+    results = []
+    for file in files or (FEATURES_FILE,):
+        started = time.perf_counter()
+        problems: list[str] = []
+        rows = 0
+        try:
+            found = verify_cache(file)
+            rows = found.rows
+            problems = [f"{name}/features rows {start} to {stop - 1}" for name, start, stop in found.damaged]
+        except CacheError as error:
+            problems = [str(error)]
+            print(f"Error: {error}", file=sys.stderr)
+        else:
+            took = f"{rows:,} rows, {format_bytes(found.bytes)} read in {time.perf_counter() - started:.1f} s"
+            if problems and not as_json:
+                click.echo(f"{file}: DAMAGED in {', '.join(problems)}; {took}")
+            elif not as_json:
+                click.echo(f"{file}: all right, {took}")
+            if problems:
+                print(
+                    f"Error: {file} is damaged: {len(problems)} blocks of rows are not what was written; `featcache "
+                    f"extract DATA -o {file} --rehash` computes them again",
+                    file=sys.stderr,
+                )
+        results.append({"cache": file, "ok": not problems, "rows": rows, "problems": problems})
+    if as_json:
+        print_json(results)
+    return DONE if all(result["ok"] for result in results) else ERROR
+
+
+@command.command("explain", short_help="Why would extract use a cache, or not?")
+@click.argument("data", type=click.Path())
+@output_option(FEATURES_FILE, "The cache file.")
+@backbone_options()
+@split_options()
+@store_option
+@option("--device", default=ExtractConfig.device, metavar="DEVICE", help="As for extract; decides nothing.")
+@json_option
+def explain(data: str, output: str, as_json: bool, **settings: Any) -> None:
+    """Say, field by field, what `featcache extract` with the same arguments would use of the cache file, and why.
+
+    \b
+    Example:
+      featcache cache explain photos --backbone resnet18 -o features.h5
+    """
+    from featcache.stages.explain import explain_cache
+
+    explanation = explain_cache(data, output, progress=TerminalProgress(), **settings)
+    plan = explanation.plan
+    if as_json:
+        print_json(
+            {
+                "cache": str(plan.output),
+                "decision": plan.decision,
+                "rows": len(plan.listing),
+                "to_compute": len(plan.missing),
+                "fields": [
+                    {"name": field.name, "found": field.found, "wanted": field.wanted, "same": field.same}
+                    for field in explanation.fields
+                ],
+                "images": explanation.images,
+            }
+        )
+        return
+    print_explanation(explanation)
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """For a person."""
+    from featcache.cache import shorten
+
+    plan = explanation.plan
+    width = max((len(field.name) for field in explanation.fields), default=0)
+    for field in explanation.fields:
+        value = shorten(field.found) + ("" if field.same else f" -> {shorten(field.wanted)}")
+        click.echo(f"  {'same   ' if field.same else 'DIFFERS'}  {field.name:<{width}}  {value}")
+    if explanation.images:
+        click.echo("  images   " + ", ".join(f"{n:,} {name}" for name, n in explanation.images.items()))
+    todo = f"{len(plan.missing):,} of {len(plan.listing):,} rows to compute"
+    click.echo(
+        {
+            "create": f"create: {plan.output} is not there; {todo}",
+            "reuse": f"reuse: {plan.output} has all {len(plan.listing):,} rows; nothing to compute",
+            "extend": f"extend: {plan.output} was made by the same extractor; {todo}",
+            "refuse": f"refuse: {plan.output} was made by another extractor; its rows are never mixed with others "
+            f"(-o OTHER.h5, or --force to replace it)",
+            "replace": f"replace: {todo}",
+        }[plan.decision]
+    )
+
+
+@command.command("ls", short_help="Caches and leftovers, with their sizes.")
+@click.argument("folder", type=click.Path(), default=".")
+@json_option
+def ls(folder: str, as_json: bool) -> None:
+    """List the cache files under FOLDER and what unfinished extractions left there.
+
+    \b
+    Example:
+      featcache cache ls
+    """
+    from featcache.cache import list_items
+
+    items = list_items(Path(folder))
+    if as_json:
+        print_json([describe_item(item) for item in items])
+        return
+    print_items(items)
+    if not items:
+        click.echo(f"no caches under {folder}")
+
+
+@command.command("prune", short_help="Remove leftovers, or whole caches.")
+@click.argument("paths", type=click.Path(), nargs=-1)
+@option("--yes", is_flag=True, help="Do not ask.")
+@option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@json_option
+def prune(paths: tuple[str, ...], yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Remove what unfinished extractions left under the folders PATHS (default: here).
+
+    A cache file that is named itself is removed too, with its leftovers. What a running extraction uses stays.
+
+    \b
+    Example:
+      featcache cache prune --dry-run
+      featcache cache prune old.h5
+    """
+    from featcache.cache import remove_item
+
+    items = [item for item in choose_items(paths or (".",)) if not item.held]
+    total = format_bytes(sum(item.bytes for item in items))
+    if not as_json:
+        print_items(items)
+    if items and not dry_run:
+        if not yes:
+            click.confirm(f"remove these {len(items)} ({total})?", abort=True, err=True)
+        for item in items:
+            remove_item(item)
+    if as_json:
+        print_json([describe_item(item) for item in items])
+    else:
+        click.echo(
+            f"{'would remove' if dry_run else 'removed'} {len(items)}, {total}" if items else "nothing to remove"
+        )
+
+
+def choose_items(paths: tuple[str, ...]) -> list[Item]:
+    """What `prune` is about: leftovers in folders, and named caches with theirs."""
+    from featcache.cache import list_items
+
+    chosen: dict[Path, Item] = {}
+    for path in map(Path, paths):
+        if path.is_dir() and not path.name.endswith(".parts"):
+            chosen |= {item.path: item for item in list_items(path) if item.kind != "cache"}
+            continue
+        near = [item for item in list_items(path.parent) if path in (item.path, item.output)]
+        if not near:
+            raise CacheError(f"{path} is neither a feature cache nor a leftover of one; nothing was removed")
+        chosen |= {item.path: item for item in near}
+    return list(chosen.values())
+
+
+def print_items(items: list[Item]) -> None:
+    """A line for each."""
+    width = max((len(str(item.path)) for item in items), default=0)
+    for item in items:
+        kind = f"{item.kind} (in use)" if item.held and item.kind != "cache" else item.kind
+        click.echo(f"{format_bytes(item.bytes):>10}  {kind:<9}  {item.path!s:<{width}}  {item.about}")
+
+
+def describe_item(item: Item) -> dict[str, Any]:
+    """For a program."""
+    return {
+        "path": str(item.path),
+        "kind": item.kind,
+        "bytes": item.bytes,
+        "held": item.held,
+        "about": item.about,
+    }
