@@ -166,3 +166,26 @@ def hymenoptera() -> Path:
 def imagenette() -> Path:
     """Ten classes of ImageNet, 200 + 50 photographs each."""
     return find_real_data("imagenette160_subset")
+
+
+LINES: list[str] = []  # counts of what was tried, printed as the last lines of the whole run
+
+
+@pytest.fixture(scope="session")
+def tell() -> Callable[[str], None]:
+    """Keep a line for the end of the run."""
+    return LINES.append
+
+
+@pytest.fixture(scope="session")
+def long() -> bool:
+    """Whether this is the long form: FEATCACHE_FAULTS=long, as `scripts/faults` has it."""
+    return os.environ.get("FEATCACHE_FAULTS") == "long"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts."""
+    if LINES:
+        terminalreporter.section("faults", sep="-")
+        for line in LINES:
+            terminalreporter.line(line)

@@ -19,10 +19,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache import files
 from featcache.cache.reading import explain_errors
 from featcache.dataset import STATS, Digests, KnownFiles, Stats
 from featcache.errors import CacheError
-from featcache.files import disk, hash_bytes, list_temporary, write_atomically
+from featcache.files import hash_bytes, list_temporary, write_atomically
 
 PART_SCHEMA = 1
 # A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
@@ -174,12 +175,14 @@ def remove_parts(output: Path, key: str) -> list[Path]:
     folder = parts_path(output)
     if not folder.is_dir():
         return []
-    for path in [*folder.glob(f"{ROWS}-{key[:16]}-*.h5"), *folder.glob(f"{FILES}-*.h5"), *folder.glob(".*.tmp")]:
-        disk.remove(path)
-    left = sorted(folder.iterdir())
+    done = [*folder.glob(f"{ROWS}-{key[:16]}-*.h5"), *folder.glob(f"{FILES}-*.h5"), *folder.glob(".*.tmp")]
+    with contextlib.suppress(OSError):  # the finished file is in place: nobody needs them, `cache prune` can try again
+        for path in done:
+            files.disk.remove(path)
+    left = sorted(folder.glob("*"))
     if not left:
         with contextlib.suppress(OSError):  # somebody put something there meanwhile
-            disk.remove_folder(folder)
+            files.disk.remove_folder(folder)
     return left
 
 
@@ -187,7 +190,7 @@ def remove_temporary(output: Path) -> None:
     """Remove unfinished files that a dead process left; only who holds the lock may."""
     for path in [*list_temporary(output), *parts_path(output).glob(".*.tmp")]:
         with contextlib.suppress(OSError):
-            disk.remove(path)
+            files.disk.remove(path)
 
 
 def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> None:
@@ -204,11 +207,11 @@ def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key
 
 def _load(path: Path, names: set[str]) -> Part:
     """A part, if its bytes are those that its name promises; HDF5 sees them only then."""
-    with explain_errors(path):
+    try:
         data = path.read_bytes()
         if hash_bytes(data)[:32] != path.stem.rpartition("-")[2]:
-            raise CacheError(f"{path} is damaged: its bytes are not those of its name")
-        with h5py.File(io.BytesIO(data), "r") as file:
+            raise CacheError(f"{path} is damaged: its bytes are not those of its name; run the same command again")
+        with explain_errors(path), h5py.File(io.BytesIO(data), "r") as file:
             if file.attrs["featcache_part"] != PART_SCHEMA:
                 raise CacheError(f"{path} has part schema {file.attrs['featcache_part']}, expected {PART_SCHEMA}")
             return Part(
@@ -217,3 +220,5 @@ def _load(path: Path, names: set[str]) -> Part:
                 seconds=float(file.attrs["seconds"]),
                 columns={name: file[name][:] for name in names if name in file},
             )
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}; run the same command again") from error
