@@ -206,7 +206,7 @@ def list_dataset(
         For a missing folder, an empty class or split, or splits whose classes differ.
     """
     root = Path(data)
-    _check_root(root)
+    check_root(root)
     names, files, ignored = _find_files(root)
     classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
     listed, bad = _hash_rows(root, files, classes, progress, known, keep)
@@ -226,7 +226,8 @@ def list_changed(listing: Listing) -> list[str]:
     return changed
 
 
-def _check_root(root: Path) -> None:
+def check_root(root: Path) -> None:
+    """Raise a DatasetError if there is no folder at `root`."""
     if not root.is_dir():
         found = "a file" if root.is_file() else "nothing"
         raise DatasetError(

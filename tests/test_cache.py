@@ -406,6 +406,16 @@ def set_attribute(name: str, value: Any) -> Callable[[h5py.File], None]:
     return lambda file: file.attrs.__setitem__(name, value)
 
 
+def set_extractor(extractor: dict[str, Any]) -> Callable[[h5py.File], None]:
+    """Another extractor, with the key that belongs to it."""
+
+    def edit(file: h5py.File) -> None:
+        file.attrs["extractor"] = json.dumps(extractor)
+        file.attrs["extractor_key"] = hash_extractor(extractor)
+
+    return edit
+
+
 def link_features(file: h5py.File) -> None:
     del file["val/features"]
     file["val/features"] = h5py.SoftLink("/train/features")
@@ -524,7 +534,9 @@ DAMAGES: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "classes that are numbers": (set_attribute("classes", "[1, 2]"), "its classes are not different names"),
     "classes that are equal": (set_attribute("classes", '["a", "a"]'), "its classes are not different names"),
     "extractor that is no dictionary": (set_attribute("extractor", "[1]"), "its extractor is no dict"),
-    "extractor without anything": (set_attribute("extractor", "{}"), "cannot be read"),
+    "extractor without anything": (set_extractor({}), "cannot be read"),
+    "extractor of text": (set_extractor({"precision": "high", "dim": 4}), "cannot be read"),
+    "extractor of no width": (set_extractor({**EXTRACTOR, "dim": "wide"}), "of width wide"),
     "provenance that is no JSON": (set_attribute("provenance", "__import__('os')"), "cannot be read"),
     "provenance without data": (set_attribute("provenance", "{}"), "does not name the data"),
     "JSON without end": (set_attribute("provenance", "[" * 30_000), "cannot be read"),

@@ -57,7 +57,7 @@ from featcache.cache.parts import (
 )
 from featcache.cache.reading import CacheReader, Verification, open_cache, read_cache, verify_cache
 from featcache.cache.rows import GatheredRows, PartSource, RowTable, Source, open_sources
-from featcache.cache.tidying import Item, list_items, remove_item
+from featcache.cache.tidying import Item, describe_item, list_items, list_near, remove_item
 from featcache.cache.writing import estimate_bytes, write_cache
 
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "Source",
     "Verification",
     "can_serve",
+    "describe_item",
     "estimate_bytes",
     "hash_extractor",
     "hold_output",
@@ -82,6 +83,7 @@ __all__ = [
     "key_parts",
     "list_differences",
     "list_items",
+    "list_near",
     "list_parts",
     "make_known_files",
     "open_cache",

@@ -24,6 +24,8 @@ from featcache.progress import SILENT, Progress
 LEASE_SECONDS = 120.0
 # What flock says where it is not to be had: no locks, not supported, and Linux's own ENOTSUPP of some NFS servers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 524}
+# Somebody may just be looking whether it is held.
+MOMENT_SECONDS = 0.5
 # A dead holder's decoding workers, which inherited its lock, notice within seconds that they are orphans.
 ORPHAN_SECONDS = 10.0
 
@@ -67,20 +69,38 @@ def hold_output(output: Path, *, wait: bool = False, progress: Progress = SILENT
 
 
 def is_held(output: Path) -> bool:
-    """Whether a living process extracts into `output`."""
-    if not lock_path(output).exists() and not _lease_path(output).exists():
+    """Whether a living process extracts into `output`, as far as can be known. Leaves no trace."""
+    lease = lease_path(output)
+    if lease.exists():
+        with contextlib.suppress(OSError):
+            owner = SoftFileLease(lease, lease_duration=LEASE_SECONDS).owner
+            dead = owner is not None and _is_dead({"pid": owner.pid, "host": owner.hostname})
+            return not dead and time.time() - lease.stat().st_mtime < LEASE_SECONDS
+    if not lock_path(output).exists():
         return False
+    lock = FileLock(lock_path(output), fallback_to_soft=False, thread_local=False)
     try:
-        with _try_lock(output):
-            return False
-    except Timeout:
+        lock.acquire(timeout=0)
+    except OSError:  # also filelock's Timeout
         return True
+    lock.release()
+    return False
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is a lock that featcache left, by what is in it."""
+    with contextlib.suppress(OSError, ValueError):
+        text = path.read_text(encoding="utf-8")
+        if path.name.endswith(".lease"):
+            return text.startswith("filelock/")
+        return not text or {"pid", "host"} <= set(json.loads(text))
+    return False
 
 
 def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
     try:
         try:
-            return _lock(output, 0)
+            return _lock(output, MOMENT_SECONDS)
         except Timeout:
             holder = _read_holder(output)
         if _is_dead(holder):
@@ -112,21 +132,13 @@ def _lock(output: Path, timeout: float) -> BaseFileLock:
             raise
         with contextlib.suppress(OSError):
             lock_path(output).unlink()
-        lock = SoftFileLease(_lease_path(output), lease_duration=LEASE_SECONDS, thread_local=False)
+        lock = SoftFileLease(lease_path(output), lease_duration=LEASE_SECONDS, thread_local=False)
         lock.acquire(timeout=timeout, poll_interval=0.2)
     return lock
 
 
-@contextlib.contextmanager
-def _try_lock(output: Path) -> Iterator[None]:
-    lock = _lock(output, 0)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lease_path(output: Path) -> Path:
+def lease_path(output: Path) -> Path:
+    """The lease that stands for the lock where the file system has none."""
     return output.with_name(output.name + ".lease")
 
 
@@ -140,7 +152,7 @@ def _read_holder(output: Path) -> dict[str, Any]:
         holder = json.loads(lock_path(output).read_text())
         if isinstance(holder, dict):
             return holder
-    lease = SoftFileLease(_lease_path(output), lease_duration=LEASE_SECONDS)
+    lease = SoftFileLease(lease_path(output), lease_duration=LEASE_SECONDS)
     return {} if lease.owner is None else {"pid": lease.owner.pid, "host": lease.owner.hostname}
 
 

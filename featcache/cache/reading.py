@@ -7,11 +7,13 @@ nothing is allocated that the file does not hold.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,8 @@ from featcache.cache.contents import (
     hash_content,
     stored_precision,
 )
+from featcache.cache.key import hash_extractor
+from featcache.config import ExtractConfig
 from featcache.dataset import STATS, Split
 from featcache.errors import CacheError
 from featcache.files import canonical_json, hash_bytes
@@ -38,7 +42,7 @@ from featcache.files import canonical_json, hash_bytes
 TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
 COLUMNS = ("features", "features_sha256", "labels", "paths", "digests", "stats")
 SMALL_COLUMNS = COLUMNS[1:]
-READ_ROWS = 4 * BLOCK_ROWS  # at a time
+READ_ROWS = 4 * BLOCK_ROWS  # at a time: one block for each of a few cores
 MAX_TEXT = 1 << 28  # bytes of one attribute; the longest honest one lists the bad files of a large data set
 
 
@@ -66,22 +70,18 @@ def read_cache(path: Path | str) -> FeatureCache:
         If there is no such file, it is not a feature cache, or it is damaged.
     """
     with CacheReader(path) as reader:
-        splits = {}
-        for name, split in reader.cache.splits.items():
-            features = reader.read_features(name, 0, len(split))
-            if damaged := reader.find_damage(name, features):
-                raise CacheError(_say_damage(reader.path, [(name, *rows) for rows in damaged]))
-            if not np.isfinite(features).all():
-                raise CacheError(f"{path} is damaged: {name}/features holds NaN or infinity; extract again")
-            splits[name] = FeatureSplit(listing=split.listing, features=features.astype(np.float32, copy=False))
         cache = reader.cache
-        return FeatureCache(
-            classes=cache.classes,
-            extractor=cache.extractor,
-            splits=splits,
-            provenance=cache.provenance,
-            content_sha256=cache.content_sha256,
-        )
+        splits = {}
+        for name, split in cache.splits.items():
+            features = np.empty(split.features.shape, np.float32)
+            for start, rows in reader.iterate_features(name):
+                if damaged := reader.find_damage(name, rows, start):
+                    raise CacheError(_say_damage(reader.path, name, damaged[0], cache.provenance))
+                if not np.isfinite(rows).all():
+                    raise CacheError(f"{path} is damaged: {name}/features holds NaN or infinity; extract again")
+                features[start : start + len(rows)] = rows
+            splits[name] = FeatureSplit(listing=split.listing, features=features)
+        return replace(cache, splits=splits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,14 @@ class Verification:
         Its size.
     damaged
         (split, first row, row after the last) of features that are not those that were written.
+    cure
+        The command that computes them again.
     """
 
     path: Path
     rows: int
     bytes: int
+    cure: str
     damaged: tuple[tuple[str, int, int], ...]
 
     def __bool__(self) -> bool:
@@ -118,16 +121,30 @@ def verify_cache(path: Path | str) -> Verification:
         If it is not a feature cache, or anything but features is damaged.
     """
     with CacheReader(path) as reader:
+        reader.check_columns()
         damaged = []
-        for name, split in reader.cache.splits.items():
-            for start in range(0, len(split), READ_ROWS):
-                features = reader.read_features(name, start, min(start + READ_ROWS, len(split)))
-                damaged += [(name, *rows) for rows in reader.find_damage(name, features, start)]
-                if not damaged and not np.isfinite(features).all():
+        for name in reader.lengths:
+            for start, rows in reader.iterate_features(name):
+                found = reader.find_damage(name, rows, start)
+                damaged += [(name, *block) for block in found]
+                if not found and not np.isfinite(rows).all():
                     raise CacheError(f"{path} holds NaN or infinity in {name}/features; extract again")
         return Verification(
-            path=reader.path, rows=len(reader.cache), bytes=reader.path.stat().st_size, damaged=tuple(damaged)
+            path=reader.path,
+            rows=sum(reader.lengths.values()),
+            bytes=reader.path.stat().st_size,
+            cure=f"{format_command(reader.path, reader.provenance)} --rehash",
+            damaged=tuple(damaged),
         )
+
+
+def is_feature_cache(path: Path) -> bool:
+    """Whether a file is HDF5 and says that it is a feature cache, however damaged."""
+    try:
+        with path.open("rb") as stream, h5py.File(stream, "r") as file:
+            return "featcache_schema" in file.attrs
+    except (OSError, RuntimeError, KeyError, ValueError):
+        return False
 
 
 def read_summary(path: Path) -> str:
@@ -139,7 +156,7 @@ def read_summary(path: Path) -> str:
         If it is not one.
     """
     with open_hdf5(path) as (file, _), explain_errors(path):
-        extractor = _load_json(_read_texts(file, path)["extractor"], dict, "extractor", path)
+        extractor = load_json(_read_texts(file, path)["extractor"], dict, "extractor", path)
         columns = [find_column(file, f"{name}/features", path) for name in SPLITS if name in file]
         rows = sum(len(column) for column in columns)
         return f"{extractor['backbone']}: {rows:,} rows of {extractor['dim']} {stored_precision(extractor)}"
@@ -149,6 +166,15 @@ class CacheReader:
     """A feature cache that is open: its `cache` as `open_cache` gives it, its features slice by slice.
 
     It stays the same file even if another one takes its name meanwhile.
+
+    Attributes
+    ----------
+    path
+        The file.
+    lengths
+        Rows in each split.
+    provenance
+        Where the cache came from.
 
     Raises
     ------
@@ -162,7 +188,13 @@ class CacheReader:
         try:
             self._file, self._stream = self._stack.enter_context(open_hdf5(self.path))
             with explain_errors(self.path):
-                self._read()
+                self._texts = _read_texts(self._file, self.path)
+                self._extractor = self._load_json("extractor", dict)
+                self._columns_sha256 = self._load_json("columns_sha256", dict)
+                self._check_texts()
+                self._columns = {name: self._find_columns(name) for name in self._find_splits()}
+                self.lengths = {name: len(columns["features"]) for name, columns in self._columns.items()}
+                self._blocks = {name: self._read_blocks(name) for name in self._columns}
         except BaseException:
             self._stack.close()
             raise
@@ -175,11 +207,47 @@ class CacheReader:
     ) -> None:
         self._stack.close()
 
-    def read_features(self, split: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows of a split (stop - start, D) in the stored precision, unchecked."""
+    @functools.cached_property
+    def cache(self) -> FeatureCache:
+        """Everything but the features, which are mapped.
+
+        Raises
+        ------
+        CacheError
+            If a column is not what was written.
+        """
         with explain_errors(self.path):
-            values: NDArray[Any] = self._features[split][start:stop]
-            return values
+            return FeatureCache(
+                classes=tuple(self._load_json("classes", list)),
+                extractor=self._extractor,
+                splits={name: self._read_split(name) for name in self.lengths},
+                provenance=self.provenance,
+                content_sha256=self._texts["content_sha256"],
+            )
+
+    def check_columns(self) -> None:
+        """Raise a CacheError if any column but the features is not what was written, or makes no sense."""
+        with explain_errors(self.path):
+            for name in self.lengths:
+                for column in SMALL_COLUMNS:
+                    self._read_column(name, column)
+
+    def read_features(self, split: str, start: int, stop: int, *, into: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows of a split (stop - start, D) in the stored precision, unchecked; perhaps into an array that is there."""
+        with explain_errors(self.path):
+            column = self._columns[split]["features"]
+            n = max(min(stop, len(column)) - start, 0)
+            rows: NDArray[Any] = np.empty((n, column.shape[1]), column.dtype) if into is None else into[:n]
+            if n:
+                column.read_direct(rows, np.s_[start : start + n])
+            return rows
+
+    def iterate_features(self, split: str) -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows of a split in pieces (n, D), each with its first row's number; one array is used for all pieces."""
+        n, column = self.lengths[split], self._columns[split]["features"]
+        piece = np.empty((min(n, READ_ROWS), column.shape[1]), column.dtype)  # new memory would cost more than reading
+        for start in range(0, n, READ_ROWS):
+            yield start, self.read_features(split, start, start + READ_ROWS, into=piece)
 
     def find_damage(self, split: str, features: NDArray[Any], start: int = 0) -> list[tuple[int, int]]:
         """Which blocks of rows are not those that were written, as (first row, row after the last).
@@ -201,57 +269,85 @@ class CacheReader:
             if found != wanted
         ]
 
-    def _read(self) -> None:
-        texts = _read_texts(self._file, self.path)
-        extractor = _load_json(texts["extractor"], dict, "extractor", self.path)
-        columns_sha256 = _load_json(texts["columns_sha256"], dict, "columns_sha256", self.path)
+    def _check_texts(self) -> None:
+        classes = self._load_json("classes", list)
+        if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+            raise CacheError(f"{self.path} is damaged: its classes are not different names; extract again")
+        self.provenance = self._load_json("provenance", dict)
+        if not isinstance(self.provenance.get("data"), str) or not isinstance(
+            self.provenance.get("settings", {}), dict
+        ):
+            raise CacheError(f"{self.path} is damaged: its provenance does not name the data; extract again")
+        key = hash_extractor(self._extractor)
+        if key != self._texts["extractor_key"]:
+            raise CacheError(f"{self.path} is damaged: its extractor and its extractor_key disagree; extract again")
+        if hash_content(tuple(classes), key, self._columns_sha256) != self._texts["content_sha256"]:
+            raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; extract again")
+        self._n_classes = len(classes)
+
+    def _load_json(self, name: str, kind: type[Any]) -> Any:
+        return load_json(self._texts[name], kind, name, self.path)
+
+    def _find_splits(self) -> list[str]:
         names = [name for name in SPLITS if name in self._file]
-        self._features: dict[str, h5py.Dataset] = {}
-        self._blocks: dict[str, list[str]] = {}
-        cache = FeatureCache(
-            classes=tuple(_load_json(texts["classes"], list, "classes", self.path)),
-            extractor=extractor,
-            splits={name: self._open_split(name, columns_sha256, extractor) for name in names},
-            provenance=_load_json(texts["provenance"], dict, "provenance", self.path),
-            content_sha256=texts["content_sha256"],
-        )
         if not {"train", "val"} <= set(names):
             raise CacheError(f"{self.path} is not a whole feature cache: expected train and val; extract again")
-        if cache.key != texts["extractor_key"]:
-            raise CacheError(f"{self.path} is damaged: its extractor and its extractor_key disagree; extract again")
-        if hash_content(cache.classes, cache.key, columns_sha256) != cache.content_sha256:
-            raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; extract again")
-        _check_consistent(cache, self.path)
-        self.cache = cache
+        return names
 
-    def _open_split(self, name: str, columns_sha256: Mapping[str, str], extractor: Mapping[str, Any]) -> FeatureSplit:
+    def _find_columns(self, name: str) -> dict[str, h5py.Dataset]:
         columns = {column: find_column(self._file, f"{name}/{column}", self.path) for column in COLUMNS}
-        features = columns.pop("features")
-        expected = (features.shape[0], extractor["dim"], STORED_TYPES.get(stored_precision(extractor)))
-        if (*features.shape, features.dtype.str) != expected:
+        features, stored = columns["features"], stored_precision(self._extractor)
+        if (features.shape[1], features.dtype.str) != (self._extractor["dim"], STORED_TYPES.get(stored)):
             raise CacheError(
-                f"{self.path} is damaged: {name}/features is {features.dtype} {features.shape}, expected "
-                f"{stored_precision(extractor)} of width {extractor['dim']}; extract again"
+                f"{self.path} is damaged: {name}/features is {features.dtype} {features.shape}, expected {stored} of "
+                f"width {self._extractor['dim']}; extract again"
             )
-        values = {column: dataset[:] for column, dataset in columns.items()}
-        for column, value in values.items():
-            if hash_bytes(value.tobytes()) != columns_sha256.get(f"{name}/{column}"):
-                raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; extract again")
-        blocks = [text.decode("ascii") for text in values["features_sha256"].tolist()]
-        if hash_bytes("".join(blocks).encode()) != columns_sha256.get(f"{name}/features"):
-            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; extract again")
         n = len(features)
-        lengths = {n, *(len(values[column]) for column in ("labels", "paths", "digests", "stats"))}
-        if lengths != {n} or len(blocks) != -(-n // BLOCK_ROWS) or values["stats"].shape[1:] != (len(STATS),):
+        lengths = {len(columns[column]) for column in ("labels", "paths", "digests", "stats")}
+        if lengths != {n} or len(columns["features_sha256"]) != -(-n // BLOCK_ROWS):
             raise CacheError(f"{self.path} is damaged: the columns of {name} differ in length; extract again")
-        self._features[name], self._blocks[name] = features, blocks
+        if columns["stats"].shape[1] != len(STATS):
+            raise CacheError(f"{self.path} is damaged: {name}/stats is {columns['stats'].shape}; extract again")
+        return columns
+
+    def _read_blocks(self, name: str) -> list[str]:
+        """The digests of the blocks of features."""
+        blocks = [text.decode("ascii") for text in self._read_column(name, "features_sha256").tolist()]
+        if hash_bytes("".join(blocks).encode()) != self._columns_sha256.get(f"{name}/features"):
+            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; extract again")
+        return blocks
+
+    def _read_split(self, name: str) -> FeatureSplit:
         listing = Split(
-            paths=tuple(os.fsdecode(value) for value in values["paths"].tolist()),
-            labels=values["labels"].astype(np.int64),
-            digests=tuple(str(value, "ascii") for value in values["digests"].tolist()),
-            stats=values["stats"].astype(np.int64),
+            paths=tuple(os.fsdecode(value) for value in self._read_column(name, "paths").tolist()),
+            labels=self._read_column(name, "labels").astype(np.int64),
+            digests=tuple(str(value, "ascii") for value in self._read_column(name, "digests").tolist()),
+            stats=self._read_column(name, "stats").astype(np.int64),
         )
-        return FeatureSplit(listing=listing, features=map_features(features, self._stream, self.path))
+        features = map_features(self._columns[name]["features"], self._stream, self.path)
+        return FeatureSplit(listing=listing, features=features)
+
+    def _read_column(self, name: str, column: str) -> NDArray[Any]:
+        """A small column, if it is what was written and makes sense."""
+        values: NDArray[Any] = self._columns[name][column][:]
+        if hash_bytes(np.ascontiguousarray(values).tobytes()) != self._columns_sha256.get(f"{name}/{column}"):
+            raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; extract again")
+        if column == "labels" and len(values) and not (values.min() >= 0 and values.max() < self._n_classes):
+            raise CacheError(f"{self.path} is damaged: {name}/labels are not indices into its classes; extract again")
+        if column == "paths" and (bad := _find_stray_path(values)) is not None:
+            raise CacheError(f"{self.path} is not a feature cache: {name}/paths leads out of the data: {bad!r}")
+        if column == "digests":
+            b"".join(values[:1].tolist() + values[-1:].tolist()).decode("ascii")
+        return values
+
+
+def _find_stray_path(paths: NDArray[np.bytes_]) -> bytes | None:
+    """The first path that is not below the folder that it is relative to."""
+    suspicious = np.char.startswith(paths, b"/") | (np.char.find(paths, b"..") >= 0)
+    for path in paths[suspicious].tolist():
+        if path.startswith(b"/") or b".." in path.split(b"/"):
+            return bytes(path)
+    return None
 
 
 def hash_blocks(features: NDArray[Any]) -> list[str]:
@@ -313,8 +409,8 @@ def explain_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(
-            f"{path} cannot be read as a feature cache ({reason}); remove it and run `featcache extract DATA "
-            f"-o {path}` again"
+            f"{path} cannot be read as a feature cache ({reason}); choose another place with -o, or if it was one, "
+            f"remove it and extract again"
         ) from error
 
 
@@ -375,31 +471,24 @@ def hash_texts(texts: Mapping[str, str]) -> str:
     return hash_bytes(canonical_json(dict(texts)).encode())
 
 
-def _load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
+def load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
+    """JSON of an attribute, if it is of this kind."""
     value = json.loads(text)
     if not isinstance(value, kind):
         raise CacheError(f"{path} is not a feature cache: its {name} is no {kind.__name__}; extract again")
     return value
 
 
-def _check_consistent(cache: FeatureCache, path: Path) -> None:
-    if not all(isinstance(name, str) for name in cache.classes) or len(set(cache.classes)) < len(cache.classes):
-        raise CacheError(f"{path} is damaged: its classes are not different names; extract again")
-    if not isinstance(cache.provenance.get("data"), str):
-        raise CacheError(f"{path} is damaged: its provenance does not name the data; extract again")
-    for name, split in cache.splits.items():
-        labels = split.listing.labels
-        if len(labels) and not (labels.min() >= 0 and labels.max() < len(cache.classes)):
-            raise CacheError(f"{path} is damaged: {name}/labels are not indices into its classes; extract again")
-        for image in split.listing.paths:
-            if image.startswith("/") or "\0" in image or ".." in image.split("/"):
-                raise CacheError(f"{path} is not a feature cache: {name}/paths leads out of the data: {image!r}")
-
-
-def _say_damage(path: Path, damaged: list[tuple[str, int, int]]) -> str:
-    where = ", ".join(f"{name}/features rows {start} to {stop - 1}" for name, start, stop in damaged[:3])
-    more = f" and {len(damaged) - 3} more places" if len(damaged) > 3 else ""
+def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
     return (
-        f"{path} is damaged: {where}{more} are not what was written; `featcache extract DATA -o {path} "
-        f"--rehash` computes them again"
+        f"{path} is damaged: {split}/features rows {rows[0]} to {rows[1] - 1} are not what was written; "
+        f"`{format_command(path, provenance)} --rehash` computes them again"
     )
+
+
+def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
+    """The command that made a cache."""
+    settings = provenance.get("settings", {})
+    stated = {name: value for name, value in settings.items() if value != getattr(ExtractConfig, name, None)}
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in stated.items()]
+    return " ".join(["featcache extract", shlex.quote(provenance["data"]), f"-o {shlex.quote(str(path))}", *options])

@@ -37,8 +37,7 @@ class SplitSource:
         self._reader, self._split = reader, split
         self.digests = np.array(reader.cache.splits[split].listing.digests, dtype="S64")
         self.damaged: list[tuple[int, int]] = []
-        for start in range(0, len(self.digests), READ_ROWS):
-            features = reader.read_features(split, start, start + READ_ROWS)
+        for start, features in reader.iterate_features(split):
             self.damaged += reader.find_damage(split, features, start)
         for start, stop in self.damaged:
             self.digests[start:stop] = b""

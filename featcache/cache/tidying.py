@@ -9,13 +9,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from featcache.cache.lock import is_held
-from featcache.cache.reading import read_summary
-from featcache.errors import CacheError, OutputError
+from featcache.cache.lock import is_held, is_lock, lease_path, lock_path
+from featcache.cache.parts import parts_path
+from featcache.cache.reading import is_feature_cache, read_summary
+from featcache.errors import CacheError, OutputBusyError, OutputError
+from featcache.files import list_temporary
 
 SUFFIXES = (".h5", ".hdf5", ".he5")
 CACHE, PARTS, TEMPORARY, LOCK = "cache", "parts", "temporary", "lock"
 _TEMPORARY_NAME = re.compile(rf"\.(?P<output>.+({'|'.join(map(re.escape, SUFFIXES))}))\.\d+\.tmp")
+_PART_NAME = re.compile(r"(?P<kind>rows-[0-9a-f]{16}|files)-[0-9a-f]{32}\.h5")
+_PART_TEMPORARY_NAME = re.compile(rf"\.({_PART_NAME.pattern})\.\d+\.tmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +61,22 @@ def list_items(folder: Path) -> list[Item]:
     """
     if not folder.is_dir():
         raise CacheError(f"{folder} is not a folder: expected one to look for caches in")
-    items = []
-    for place, folders, files in os.walk(folder):
+    items: list[Item | None] = []
+    for place, folders, names in os.walk(folder):
         here = Path(place)
+        items += [describe_item(here / name) for name in names]
         for name in [name for name in folders if name.endswith(".parts")]:
-            folders.remove(name)  # not looked into
-            items.append(_describe_parts(here / name))
-        items += [item for name in files if (item := _describe_file(here / name))]
+            items.append(describe_item(here / name))
+            if items[-1]:
+                folders.remove(name)  # not looked into
     return sorted((item for item in items if item), key=lambda item: item.path)
+
+
+def list_near(path: Path) -> list[Item]:
+    """A cache file, whatever it is called, and the leftovers beside it."""
+    beside = [lock_path(path), lease_path(path), parts_path(path), *list_temporary(path)]
+    items = [_describe_cache(path), *map(describe_item, beside)]
+    return [item for item in items if item and item.output == path]
 
 
 def remove_item(item: Item) -> None:
@@ -72,11 +84,13 @@ def remove_item(item: Item) -> None:
 
     Raises
     ------
+    OutputBusyError
+        If a living process works on it.
     OutputError
-        If a living process works on it, or it cannot be removed.
+        If it cannot be removed.
     """
     if is_held(item.output):
-        raise OutputError(f"cannot remove {item.path}: {item.output} is being extracted; wait for it")
+        raise OutputBusyError(f"cannot remove {item.path}: {item.output} is being extracted; wait for it")
     try:
         if item.kind == PARTS:
             shutil.rmtree(item.path)
@@ -86,27 +100,44 @@ def remove_item(item: Item) -> None:
         raise OutputError(f"cannot remove {item.path}: {error.strerror or error}") from error
 
 
-def _describe_file(path: Path) -> Item | None:
-    if path.suffix in SUFFIXES and not path.name.startswith("."):
-        with contextlib.suppress(CacheError):
-            return _make_item(path, CACHE, path, read_summary(path))
-        return None
-    if match := _TEMPORARY_NAME.fullmatch(path.name):
-        return _make_item(path, TEMPORARY, path.with_name(match["output"]), "not finished, of no use")
-    if path.suffix == ".lock" and Path(path.stem).suffix in SUFFIXES:
-        output = path.with_suffix("")
-        return _make_item(path, LOCK, output, "somebody extracts" if is_held(output) else "of a process that is gone")
+def describe_item(path: Path) -> Item | None:
+    """What a file or folder is, None if it is nothing of ours or has just gone."""
+    with contextlib.suppress(OSError):
+        if path.is_symlink():
+            return None
+        if path.is_dir():
+            return _describe_parts(path) if path.name.endswith(".parts") else None
+        if match := _TEMPORARY_NAME.fullmatch(path.name):
+            return _make_item(path, TEMPORARY, path.with_name(match["output"]), "not finished, of no use")
+        if path.suffix in (".lock", ".lease") and is_lock(path):
+            output = path.with_suffix("")
+            return _make_item(path, LOCK, output, "somebody extracts" if is_held(output) else "of a process that died")
+        if path.suffix in SUFFIXES and not path.name.startswith("."):
+            return _describe_cache(path)
     return None
 
 
-def _describe_parts(folder: Path) -> Item | None:
-    parts = [path for path in folder.iterdir() if path.name.startswith(("rows-", "files-"))]
-    others = [path for path in folder.iterdir() if not path.name.startswith(("rows-", "files-", ".rows-", ".files-"))]
-    if others:  # somebody else's folder
+def _describe_cache(path: Path) -> Item | None:
+    if not path.is_file() or not is_feature_cache(path):
         return None
-    n = sum(path.name.startswith("rows-") for path in parts)
-    about = f"{n} parts of features; the same `featcache extract` goes on from there"
-    return _make_item(folder, PARTS, folder.with_suffix(""), about)
+    try:
+        about = read_summary(path)
+    except CacheError as error:
+        about = f"cannot be used: {error}"
+    return _make_item(path, CACHE, path, about)
+
+
+def _describe_parts(folder: Path) -> Item | None:
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
+    ours = [match for name in names if (match := _PART_NAME.fullmatch(name))]
+    others = len(list(folder.iterdir())) - sum(
+        bool(_PART_NAME.fullmatch(name) or _PART_TEMPORARY_NAME.fullmatch(name)) for name in names
+    )
+    if others or not names:  # somebody else's folder
+        return None
+    n = sum(match["kind"] != "files" for match in ours)
+    rows = f"{n} part{'s' * (n != 1)} of features; " if n else "what is known of image files; "
+    return _make_item(folder, PARTS, folder.with_suffix(""), f"{rows}the same `featcache extract` goes on from there")
 
 
 def _make_item(path: Path, kind: str, output: Path, about: str) -> Item:

@@ -75,13 +75,14 @@ def write_cache(path: Path, cache: FeatureCache) -> FeatureCache:
 
 
 def estimate_bytes(cache: FeatureCache) -> int:
-    """About how large the file will be, from below."""
+    """About how large the file will be."""
     width = np.dtype(STORED_TYPES[cache.stored]).itemsize
     total = 0
     for split in cache.splits.values():
         longest = max(map(len, split.listing.paths), default=1)
         total += len(split) * (int(split.features.shape[1]) * width + 8 + longest + 64 + 32)
-    return total + 4096
+    texts = json.dumps([cache.classes, cache.extractor, cache.provenance])
+    return total + len(texts) + 6000
 
 
 def check_space(path: Path, size: int) -> None:

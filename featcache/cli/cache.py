@@ -12,17 +12,15 @@ import click
 from featcache.cli import DONE, ERROR
 from featcache.cli.common import (
     TerminalProgress,
-    backbone_options,
+    extract_options,
     format_bytes,
     format_duration,
     json_option,
     option,
     output_option,
     print_json,
-    split_options,
-    store_option,
 )
-from featcache.config import FEATURES_FILE, ExtractConfig
+from featcache.config import FEATURES_FILE
 from featcache.errors import CacheError
 
 if TYPE_CHECKING:
@@ -91,7 +89,7 @@ def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
         ("images", f"resized to {look['resize']}, {look['crop']} x {look['crop']} cut out, {look['interpolation']}"),
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
         ("classes", f"{len(cache.classes)}: {shown}"),
-        ("data", origin["data"] + (f" ({n_bad} bad files left out)" if n_bad else "")),
+        ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),
         ("computed", f"in {format_duration(origin['seconds'])} on {origin['device']} ({origin['runtime']})"),
         ("extractor key", cache.key),
         ("content", cache.content_sha256),
@@ -130,8 +128,7 @@ def verify(files: tuple[str, ...], as_json: bool) -> int:
                 click.echo(f"{file}: all right, {took}")
             if problems:
                 print(
-                    f"Error: {file} is damaged: {len(problems)} blocks of rows are not what was written; `featcache "
-                    f"extract DATA -o {file} --rehash` computes them again",
+                    f"Error: {file} is damaged, some rows are not what was written; `{found.cure}` computes them again",
                     file=sys.stderr,
                 )
         results.append({"cache": file, "ok": not problems, "rows": rows, "problems": problems})
@@ -143,10 +140,7 @@ def verify(files: tuple[str, ...], as_json: bool) -> int:
 @command.command("explain", short_help="Why would extract use a cache, or not?")
 @click.argument("data", type=click.Path())
 @output_option(FEATURES_FILE, "The cache file.")
-@backbone_options()
-@split_options()
-@store_option
-@option("--device", default=ExtractConfig.device, metavar="DEVICE", help="As for extract; decides nothing.")
+@extract_options
 @json_option
 def explain(data: str, output: str, as_json: bool, **settings: Any) -> None:
     """Say, field by field, what `featcache extract` with the same arguments would use of the cache file, and why.
@@ -215,7 +209,7 @@ def ls(folder: str, as_json: bool) -> None:
 
     items = list_items(Path(folder))
     if as_json:
-        print_json([describe_item(item) for item in items])
+        print_json([item_to_json(item) for item in items])
         return
     print_items(items)
     if not items:
@@ -239,36 +233,42 @@ def prune(paths: tuple[str, ...], yes: bool, dry_run: bool, as_json: bool) -> No
     """
     from featcache.cache import remove_item
 
-    items = [item for item in choose_items(paths or (".",)) if not item.held]
+    named = choose_items(paths or (".",))
+    items = [item for item, is_named in named if is_named or not item.held]
     total = format_bytes(sum(item.bytes for item in items))
+    ask = bool(items) and not yes and not dry_run
+    if ask and (as_json or not sys.stdin.isatty()):
+        raise click.UsageError("nobody can be asked here: say --yes, or --dry-run to see what would be removed")
     if not as_json:
         print_items(items)
-    if items and not dry_run:
-        if not yes:
-            click.confirm(f"remove these {len(items)} ({total})?", abort=True, err=True)
-        for item in items:
-            remove_item(item)
+    if ask and not click.confirm(f"remove these {len(items)} ({total})?", err=True):
+        click.echo("nothing was removed")
+        return
+    for item in [] if dry_run else items:
+        remove_item(item)
     if as_json:
-        print_json([describe_item(item) for item in items])
+        print_json([item_to_json(item) for item in items])
     else:
-        click.echo(
-            f"{'would remove' if dry_run else 'removed'} {len(items)}, {total}" if items else "nothing to remove"
-        )
+        done = f"{'would remove' if dry_run else 'removed'} {len(items)}, {total}"
+        click.echo(done if items else "nothing to remove")
 
 
-def choose_items(paths: tuple[str, ...]) -> list[Item]:
-    """What `prune` is about: leftovers in folders, and named caches with theirs."""
-    from featcache.cache import list_items
+def choose_items(paths: tuple[str, ...]) -> list[tuple[Item, bool]]:
+    """What `prune` is about: leftovers in folders, and what was named itself (True) with its leftovers."""
+    from featcache.cache import describe_item, list_items, list_near
 
-    chosen: dict[Path, Item] = {}
+    chosen: dict[Path, tuple[Item, bool]] = {}
     for path in map(Path, paths):
         if path.is_dir() and not path.name.endswith(".parts"):
-            chosen |= {item.path: item for item in list_items(path) if item.kind != "cache"}
+            for item in list_items(path):
+                if item.kind != "cache":
+                    chosen.setdefault(item.path.resolve(), (item, False))
             continue
-        near = [item for item in list_items(path.parent) if path in (item.path, item.output)]
+        alone = describe_item(path)
+        near = [alone] if alone and alone.kind != "cache" else list_near(path)
         if not near:
             raise CacheError(f"{path} is neither a feature cache nor a leftover of one; nothing was removed")
-        chosen |= {item.path: item for item in near}
+        chosen |= {item.path.resolve(): (item, True) for item in near}
     return list(chosen.values())
 
 
@@ -276,11 +276,11 @@ def print_items(items: list[Item]) -> None:
     """A line for each."""
     width = max((len(str(item.path)) for item in items), default=0)
     for item in items:
-        kind = f"{item.kind} (in use)" if item.held and item.kind != "cache" else item.kind
+        kind = "in use" if item.held and item.kind != "cache" else item.kind
         click.echo(f"{format_bytes(item.bytes):>10}  {kind:<9}  {item.path!s:<{width}}  {item.about}")
 
 
-def describe_item(item: Item) -> dict[str, Any]:
+def item_to_json(item: Item) -> dict[str, Any]:
     """For a program."""
     return {
         "path": str(item.path),

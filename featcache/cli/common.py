@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
-from featcache.config import DEVICES, STORES, ExtractConfig
+from featcache.config import DEVICES, RUNTIMES, STORES, ExtractConfig
 from featcache.errors import BadImage
 from featcache.progress import Progress
 
@@ -84,10 +84,6 @@ machine_options = combine(
     option("--device", default=ExtractConfig.device, metavar="DEVICE", help=f"Where to run: {DEVICES}."),
 )  # fmt: skip
 
-store_option = option(
-    "--store", type=click.Choice(STORES), default=ExtractConfig.store,
-    help="Precision in which features are kept; float16 halves the file.",
-)  # fmt: skip
 skip_bad_option = option(
     "--skip-bad", is_flag=True, help="Leave out files that cannot be used as images (exit code 3)."
 )
@@ -98,6 +94,26 @@ json_option = option("--json", "as_json", is_flag=True, help="Print one JSON obj
 def output_option(default: str | None, what: str) -> Decorator:
     """`-o/--output`."""
     return option("-o", "--output", default=default, type=click.Path(), metavar="PATH", help=what)
+
+
+extract_options = combine(
+    backbone_options(),
+    option("--batch-size", type=click.IntRange(min=1), default=None,
+           help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]"),
+    machine_options,
+    option("--runtime", type=click.Choice(RUNTIMES), default=ExtractConfig.runtime,
+           help="eager is the bit-exact reference, fused is faster on a CPU."),
+    split_options(),
+    option("--store", type=click.Choice(STORES), default=ExtractConfig.store,
+           help="Precision in which features are kept; float16 halves the file."),
+    skip_bad_option,
+    option("--reuse", multiple=True, type=click.Path(), metavar="FILE",
+           help="Take rows also from this cache; repeatable."),
+    option("--rehash", is_flag=True,
+           help="Trust neither file times nor the cache: read and check all images and rows."),
+    option("--wait", is_flag=True, help="Wait for another extraction into the same file."),
+    force_option,
+)  # fmt: skip
 
 
 class TerminalProgress(Progress):

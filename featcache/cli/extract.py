@@ -9,47 +9,22 @@ import click
 from featcache.cli import DONE, LEFT_OUT
 from featcache.cli.common import (
     TerminalProgress,
-    backbone_options,
-    force_option,
+    extract_options,
     format_bytes,
     format_duration,
     json_option,
     list_left_out,
-    machine_options,
     option,
     output_option,
     print_json,
-    skip_bad_option,
-    split_options,
-    store_option,
 )
-from featcache.config import FEATURES_FILE, RUNTIMES, ExtractConfig
+from featcache.config import FEATURES_FILE
 
 
 @click.command("extract", short_help="Stage 1: images -> features in one HDF5 file.")
 @click.argument("data", type=click.Path())
 @output_option(FEATURES_FILE, "The cache file.")
-@backbone_options()
-@option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]",
-)
-@machine_options
-@option(
-    "--runtime",
-    type=click.Choice(RUNTIMES),
-    default=ExtractConfig.runtime,
-    help="eager is the bit-exact reference, fused is faster on a CPU.",
-)
-@split_options()
-@store_option
-@skip_bad_option
-@option("--reuse", multiple=True, type=click.Path(), metavar="FILE", help="Take rows also from this cache; repeatable.")
-@option("--rehash", is_flag=True, help="Trust neither file times nor the cache: read and check all images and rows.")
-@option("--wait", is_flag=True, help="Wait for another extraction into the same file.")
-@force_option
+@extract_options
 @option("--dry-run", is_flag=True, help="Only say what would be computed, how long it takes, how large the file gets.")
 @json_option
 def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: Any) -> int:

@@ -54,7 +54,7 @@ def explain_cache(
 
     Parameters, errors as of `extract_features`; but a cache of another extractor is explained, not refused.
     """
-    plan = plan_extraction(data, Path(output), ExtractConfig(**settings), progress)
+    plan = plan_extraction(data, Path(output), ExtractConfig(**settings), progress, explain=True)
     if plan.old is None:
         return Explanation(plan=plan, fields=[], images={})
     return Explanation(

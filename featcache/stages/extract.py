@@ -39,10 +39,22 @@ from featcache.cache import (
     remove_parts,
     remove_temporary,
     stored_precision,
+    verify_cache,
     write_cache,
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
-from featcache.dataset import STATS, Digests, KnownFiles, Listing, Split, Stats, list_changed, list_dataset, summarise
+from featcache.dataset import (
+    STATS,
+    Digests,
+    KnownFiles,
+    Listing,
+    Split,
+    Stats,
+    check_root,
+    list_changed,
+    list_dataset,
+    summarise,
+)
 from featcache.errors import BadImage, BadImagesError, CacheError, StaleCacheError
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
@@ -50,7 +62,7 @@ from featcache.runs import PeakMemory, describe_environment
 from featcache.runtime import Outputs, choose_runtime, run_network, select_device
 
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
-PROBE_IMAGES = 48
+PROBE_FEW, PROBE_IMAGES = 8, 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +209,17 @@ def extract_features(
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
         plan = plan_extraction(data, output, config, progress, keep=True)
-        check_plan(plan)
         return _carry_out(plan, config, progress, started, memory)
 
 
 def plan_extraction(
-    data: Path | str, output: Path, config: ExtractConfig, progress: Progress = SILENT, *, keep: bool = False
+    data: Path | str,
+    output: Path,
+    config: ExtractConfig,
+    progress: Progress = SILENT,
+    *,
+    keep: bool = False,
+    explain: bool = False,
 ) -> Plan:
     """See what there is and what is missing.
 
@@ -214,13 +231,58 @@ def plan_extraction(
         Told of the data set.
     keep
         Keep what is found out about the images' files, in parts beside the output.
+    explain
+        Take an output of another extractor as a decision, not as an error.
 
     Raises
     ------
     FeatcacheError
-        As `extract_features`, but that an output of another extractor is a decision and no error.
+        As `extract_features`.
     """
+    check_root(Path(data))
     old = open_cache(output) if output.exists() else None
+    device = select_device(config.device)
+    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    extractor = backbone.describe(config.store)
+    if old and not explain and not config.force:
+        check_same_extractor(old, output, extractor)
+    others = {Path(path): open_cache(path) for path in config.reuse}
+    for path, cache in others.items():
+        if not can_serve(cache.extractor, extractor):
+            raise StaleCacheError(f"{path} cannot be reused: {_describe_other(cache.extractor, extractor)}")
+    listing = _list_images(data, output, old, config, progress, keep)
+    same = old is not None and old.key == hash_extractor(extractor)
+    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
+    sources = {**({output: old} if old and usable else {}), **others}
+    parts, _ = list_parts(output, "rows", hash_extractor(extractor))
+    missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
+    return Plan(
+        output=output,
+        decision=_decide(old, same, config.force, bool(missing)),
+        listing=listing,
+        backbone=backbone,
+        device=device,
+        extractor=extractor,
+        old=old,
+        sources=tuple(sources),
+        parts=tuple(parts),
+        missing=missing,
+    )
+
+
+def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
+    """Raise a StaleCacheError if a cache was made by another extractor."""
+    if old.key != hash_extractor(extractor):
+        raise StaleCacheError(
+            f"{output} was made by another extractor ({_describe_other(old.extractor, extractor)}); write elsewhere "
+            f"with -o OTHER.h5, or replace it with --force"
+        )
+
+
+def _list_images(
+    data: Path | str, output: Path, old: FeatureCache | None, config: ExtractConfig, progress: Progress, keep: bool
+) -> Listing:
+    """The data set, files read only where nothing is known of them."""
 
     def keep_stats(stats: Stats, digests: Digests) -> None:
         keep_files(parts_path(output), stats, digests)
@@ -235,43 +297,21 @@ def plan_extraction(
     )
     for line in summarise(listing):
         progress.say(line)
-    device = select_device(config.device)
-    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
-    extractor = backbone.describe(config.store)
-    same = old is not None and hash_extractor(old.extractor) == hash_extractor(extractor)
-    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
-    others = {Path(path): open_cache(path) for path in config.reuse}
-    for path, cache in others.items():
-        if not can_serve(cache.extractor, extractor):
-            raise StaleCacheError(f"{path} cannot be reused: {_describe_other(cache.extractor, extractor)}")
-    parts, _ = list_parts(output, "rows", hash_extractor(extractor))
+    return listing
+
+
+def _find_wanted(
+    listing: Listing, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
+) -> tuple[str, ...]:
+    """Digests of the images whose rows are nowhere, each once."""
     there = {digest for part in parts for digest in np.char.decode(part.columns["digests"], "ascii").tolist()}
-    there.update(*(cache.listing.digests() for cache in others.values()))
-    if old and usable:
-        there |= old.listing.digests()
+    for path, cache in sources.items():
+        digests = {name: list(split.listing.digests) for name, split in cache.splits.items()}
+        for name, start, stop in verify_cache(path).damaged if distrust else ():
+            digests[name][start:stop] = [""] * (stop - start)
+        there.update(*digests.values())
     wanted = dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests)
-    missing = tuple(digest for digest in wanted if digest not in there)
-    return Plan(
-        output=output,
-        decision=_decide(old, same, config.force, bool(missing)),
-        listing=listing,
-        backbone=backbone,
-        device=device,
-        extractor=extractor,
-        old=old,
-        sources=(*([output] if usable else []), *others),
-        parts=tuple(parts),
-        missing=missing,
-    )
-
-
-def check_plan(plan: Plan) -> None:
-    """Raise a StaleCacheError if the plan is to refuse."""
-    if plan.decision == "refuse" and plan.old:
-        raise StaleCacheError(
-            f"{plan.output} was made by another extractor ({_describe_other(plan.old.extractor, plan.extractor)}); "
-            f"write elsewhere with -o OTHER.h5, or replace it with --force"
-        )
+    return tuple(digest for digest in wanted if digest not in there)
 
 
 def forecast_extraction(
@@ -283,32 +323,35 @@ def forecast_extraction(
     """
     config = ExtractConfig(**settings)
     plan = plan_extraction(data, Path(output), config, progress)
-    check_plan(plan)
     return plan, estimate_cost(plan, config)
 
 
 def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
-    """How long and how large, from the images per second that a few of the missing ones take."""
-    spread = [plan.missing[i] for i in np.unique(np.linspace(0, len(plan.missing) - 1, PROBE_IMAGES).astype(int))]
-    rate = None
+    """How long and how large, from what a few of the missing images take.
+
+    A few and some more are computed, so that what is done once for all can be told from what each image takes.
+    """
+    seconds, rate = 0.0, None
     if plan.missing:
-        times, done = [time.perf_counter()], [0]
-        for output in run_backbone(plan, spread, config):
-            times.append(time.perf_counter())
-            done.append(done[-1] + len(output))
-        first = min(len(done) // 2, 4)  # the network is prepared before the first, and memory is fetched
-        rate = (done[-1] - done[first]) / max(times[-1] - times[first], 1e-9) if done[-1] > done[first] else None
-        rate = rate or done[-1] / (times[-1] - times[0])
+        some = [plan.missing[i] for i in np.unique(np.linspace(0, len(plan.missing) - 1, PROBE_IMAGES).astype(int))]
+        few = some[:: max(len(some) // PROBE_FEW, 1)][:PROBE_FEW]
+        short, long = _time_run(plan, few, config), _time_run(plan, some, config)
+        each = (long - short) / (len(some) - len(few)) if long > short and len(some) >= 2 * len(few) else 0.0
+        each = each or long / len(some)
+        seconds, rate = max(long - each * len(some), 0.0) + each * len(plan.missing), 1 / each
     empty = {
         name: FeatureSplit(listing=split, features=np.empty((0, plan.backbone.width)))
         for name, split in plan.listing.splits.items()
     }
     cache = FeatureCache(classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={})
-    return Forecast(
-        images_per_second=rate,
-        seconds=len(plan.missing) / rate if rate else 0.0,
-        bytes=estimate_bytes(cache),
-    )
+    return Forecast(images_per_second=rate, seconds=seconds, bytes=estimate_bytes(cache))
+
+
+def _time_run(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> float:
+    started = time.perf_counter()
+    for _ in run_backbone(plan, digests, config):
+        pass
+    return time.perf_counter() - started
 
 
 def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:

@@ -32,6 +32,7 @@ from conftest import COLOURS, TinyFamily, draw_photo, fill_class
 from disks import FailingDisk, PowerlessDisk, WatchedDisk
 
 import featcache.backbones
+import featcache.cache.lock
 import featcache.cache.parts
 from featcache import files
 from featcache.backbones import load_backbone
@@ -176,7 +177,7 @@ class Bench:
 def enumerate_faults(folder: Path, long: int) -> dict[str, Any]:
     """Die, or fail, at every durable call there is, and half-way through every write."""
     featcache.cache.parts.PART_SECONDS = 0.0  # a part for every batch of 4
-    bench = Bench(folder)
+    bench = Bench(folder, 4, 1)
     counting = WatchedDisk()
     output = bench.fresh("counting")
     _, log = in_child(lambda: (extract(bench.data, output, counting), counting.log)[1])
@@ -262,6 +263,7 @@ def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
 def write_together(folder: Path, n: int) -> dict[str, Any]:
     """Eight processes extract into one file: who waits, who does not, and what if there were no lock."""
     featcache.cache.parts.PART_SECONDS = 0.0
+    featcache.cache.lock.MOMENT_SECONDS = 0.0  # nobody waits even for that
     bench = Bench(folder, 12, 6)
     counts = {"waited": 0, "computed by one": 0, "told who holds it": 0, "without a lock": 0, "rounds": n}
     for i in range(n):

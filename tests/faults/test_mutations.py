@@ -27,7 +27,8 @@ from featcache.cache import FeatureCache
 from featcache.errors import StaleCacheError
 from featcache.stages.explain import explain_cache
 
-HOW = {"runtime": "eager", "batch_size": 1, "workers": 0}  # the same bits whatever else is computed with an image
+# The same bits, whatever else is computed together with an image.
+HOW: dict[str, Any] = {"runtime": "eager", "batch_size": 1, "workers": 0}
 WHAT = ("backbone", "weights", "seed", "val_fraction", "store", "skip_bad")
 BLUE, RED = "train/blue/photo_001.jpg", "train/red/photo_002.jpg"
 
