@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, list_backbones, load_backbone
     from featcache.bundle import Classifier, load_classifier
-    from featcache.cache import FeatureCache, read_cache
+    from featcache.cache import FeatureCache, Verification, open_cache, read_cache, verify_cache
     from featcache.dataset import Listing, list_dataset
     from featcache.errors import FeatcacheError
     from featcache.progress import Progress
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from featcache.stages.compare import Comparison, compare, compare_runs
     from featcache.stages.download import download_dataset
     from featcache.stages.evaluate import Run
-    from featcache.stages.extract import Extraction, extract_features
+    from featcache.stages.explain import Explanation, explain_cache
+    from featcache.stages.extract import Extraction, Forecast, Plan, extract_features, forecast_extraction
     from featcache.stages.finetune import finetune
     from featcache.stages.predict import Prediction, predict
     from featcache.stages.sample import make_sample
@@ -32,59 +33,75 @@ _HOMES = {
     "Backbone": "backbones",
     "Classifier": "bundle",
     "Comparison": "stages.compare",
+    "Explanation": "stages.explain",
     "Extraction": "stages.extract",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
+    "Forecast": "stages.extract",
     "Listing": "dataset",
+    "Plan": "stages.extract",
     "Prediction": "stages.predict",
     "Progress": "progress",
     "Run": "stages.evaluate",
     "RunRecord": "runs",
+    "Verification": "cache",
     "compare": "stages.compare",
     "compare_runs": "stages.compare",
     "download_dataset": "stages.download",
+    "explain_cache": "stages.explain",
     "extract_features": "stages.extract",
     "finetune": "stages.finetune",
+    "forecast_extraction": "stages.extract",
     "list_backbones": "backbones",
     "list_dataset": "dataset",
     "load_backbone": "backbones",
     "load_classifier": "bundle",
     "make_sample": "stages.sample",
+    "open_cache": "cache",
     "predict": "stages.predict",
     "read_cache": "cache",
     "read_record": "runs",
     "show": "stages.show",
     "train_head": "stages.train_head",
+    "verify_cache": "cache",
 }
 
 __all__ = [
     "Backbone",
     "Classifier",
     "Comparison",
+    "Explanation",
     "Extraction",
     "FeatcacheError",
     "FeatureCache",
+    "Forecast",
     "Listing",
+    "Plan",
     "Prediction",
     "Progress",
     "Run",
     "RunRecord",
+    "Verification",
     "__version__",
     "compare",
     "compare_runs",
     "download_dataset",
+    "explain_cache",
     "extract_features",
     "finetune",
+    "forecast_extraction",
     "list_backbones",
     "list_dataset",
     "load_backbone",
     "load_classifier",
     "make_sample",
+    "open_cache",
     "predict",
     "read_cache",
     "read_record",
     "show",
     "train_head",
+    "verify_cache",
 ]
 
 

@@ -643,3 +643,42 @@ def test_a_disk_that_fills_up_while_writing_kills_nothing(path: Path) -> None:
     assert done.stdout.endswith("File too large\n")
     assert path.read_bytes() == before
     assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+STREAMED = """
+import sys
+from pathlib import Path
+import numpy as np
+from featcache.cache import FeatureCache, FeatureSplit, verify_cache, write_cache
+from featcache.dataset import Split
+n, dim = 300_000, 512
+class Rows:
+    shape = (n, dim)
+    def __getitem__(self, rows):
+        start, stop, _ = rows.indices(n)
+        return np.full((stop - start, dim), 0.5, np.float32)
+empty = np.zeros(0, np.int64)
+splits = {
+    "train": FeatureSplit(
+        listing=Split(paths=("a/b.jpg",) * n, labels=np.zeros(n, np.int64), digests=("0" * 64,) * n), features=Rows()
+    ),
+    "val": FeatureSplit(listing=Split(paths=(), labels=empty, digests=()), features=np.empty((0, dim), np.float32)),
+}
+extractor = {"dim": dim, "precision": {"stored": "float32"}}
+cache = FeatureCache(classes=("a",), extractor=extractor, splits=splits, provenance={"data": ""})
+write_cache(Path(sys.argv[1]), cache)
+assert verify_cache(sys.argv[1]).rows == n
+# NOTE: not ru_maxrss, which a child has from its parent
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the peak memory")
+def test_a_file_larger_than_the_memory_it_takes_is_written_and_verified(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMED, str(tmp_path / "f.h5")], capture_output=True, text=True, check=True
+    )
+    megabytes = (tmp_path / "f.h5").stat().st_size // 1_000_000
+    (tmp_path / "f.h5").unlink()
+    assert megabytes > 600
+    assert int(done.stdout) < 300_000  # kB

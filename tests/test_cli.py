@@ -204,7 +204,12 @@ def test_an_unexpected_error_shows_its_traceback(cli: Cli, photos: Path, monkeyp
         cli("show", photos)
 
 
-def test_ctrl_c_exits_130_and_the_same_command_goes_on(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c_and_sigterm_keep_what_was_computed_and_the_same_command_goes_on(
+    photos: Path, tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
     for i in range(150):
         draw_photo(COLOURS["red"], 10_000 + i, (300, 300)).save(photos / f"train/red/more_{i}.jpg")
     command = [sys.executable, "-m", "featcache", "extract", str(photos), "--weights", "none", "-o", "f.h5"]
@@ -213,11 +218,11 @@ def test_ctrl_c_exits_130_and_the_same_command_goes_on(photos: Path, tmp_path: P
     while "to compute" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(1.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
-    assert err.strip().endswith("interrupted")
+    assert err.strip().endswith(word)
     assert not (tmp_path / "f.h5").exists()
     again = run_program(*command[3:], "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["rows"] == 168

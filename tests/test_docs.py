@@ -34,7 +34,12 @@ def parse(command: str) -> click.Context:
     _, name, *arguments = shlex.split(command)
     found = featcache.get_command(click.Context(featcache), name)
     assert found is not None, name
-    return found.make_context(name, arguments)
+    context = found.make_context(name, arguments)
+    if isinstance(found, click.Group):
+        sub, command_, rest = found.resolve_command(context, arguments)
+        assert command_ is not None, arguments
+        return command_.make_context(sub, rest, parent=context)
+    return context
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,15 +76,23 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 
 
 def test_the_options_in_the_documents_exist() -> None:
-    known = {
-        option
-        for name in COMMANDS
-        for parameter in featcache.get_command(click.Context(featcache), name).params
-        for option in parameter.opts
-    } | {"--help", "--whole-job"}
+    commands = [featcache.get_command(click.Context(featcache), name) for name in COMMANDS]
+    commands += [sub for group in commands if isinstance(group, click.Group) for sub in group.commands.values()]
+    known = {option for command in commands for parameter in command.params for option in parameter.opts} | {
+        "--help",
+        "--whole-job",
+    }
     for page in PAGES:
         for option in re.findall(r"`(--[a-z-]+)", page.read_text()):
             assert option in known, f"{page.name}: {option}"
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_[a-z0-9_]+)`", (ROOT / "docs/promises.md").read_text())
+    assert len(named) >= 22
+    for name in named:
+        assert f"def {name}(" in tests, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -185,6 +185,24 @@ def test_an_image_that_changes_while_it_is_worked_on_is_a_bad_one(
         featcache.extract_features(photos, tmp_path / "f.h5", progress=Meddling(), **TINY)
 
 
+def test_images_that_change_behind_its_back_are_told_of(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.dataset.RACY_NS", -(10**18))  # files this young prove something
+
+    class Meddling(Listener):
+        def track(self, items, *, total, what, unit="img"):
+            yield from items
+            if what == "extracting":
+                draw_photo(COLOURS["green"], 7).save(photos / "train/blue/photo_003.jpg")
+
+    listener = Meddling()
+    first = featcache.extract_features(photos, tmp_path / "f.h5", progress=listener, **TINY)
+    assert first.computed == 18
+    assert listener.lines[-1].startswith("WARNING: 1 images changed meanwhile, such as train/blue/photo_003.jpg")
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 1
+
+
 def test_features_that_are_not_numbers_are_never_stored(
     photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +237,28 @@ def test_an_output_that_cannot_be_written_fails_before_any_work(
     with pytest.raises(OutputError, match="cannot write"):
         featcache.extract_features(photos, tmp_path / output, **TINY)
     assert tiny.calls == 0
+
+
+def test_features_too_large_for_float16_are_named_with_the_cure(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import TinyNetwork
+
+    monkeypatch.setattr(TinyNetwork, "forward", lambda self, images: images.mean((2, 3)).repeat(1, 3)[:, :8] * 1e6)
+    with pytest.raises(BadImagesError, match="too large for float16; use --store float32"):
+        featcache.extract_features(photos, tmp_path / "f.h5", runtime="eager", store="float16", **TINY)
+    assert featcache.extract_features(photos, tmp_path / "f.h5", runtime="eager", **TINY).computed == 18
+
+
+def test_half_precision_halves_the_features_and_is_read_as_float32(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    whole = featcache.extract_features(photos, tmp_path / "a.h5", **TINY).cache
+    half = featcache.extract_features(photos, tmp_path / "b.h5", store="float16", **TINY).cache
+    stored, read = half.splits["train"].features, featcache.read_cache(tmp_path / "b.h5").splits["train"].features
+    assert (stored.dtype, read.dtype) == (np.float16, np.float32)
+    assert np.array_equal(stored, whole.splits["train"].features.astype(np.float16))
+    assert np.array_equal(read, stored.astype(np.float32))
 
 
 def test_a_split_test_folder_becomes_rows_too(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:

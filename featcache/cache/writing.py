@@ -30,7 +30,7 @@ from featcache.files import NewFile, hash_bytes, hold_interrupts, replace_atomic
 
 # Of the features that are gathered at a time. Rows in another order than their sources' are looked for once per such
 # piece, so that it should be large; it is what an assembly needs of memory.
-PIECE_BYTES = 128 << 20
+PIECE_BYTES = 64 << 20
 # Aligned, so that a column can be mapped as an array of its type.
 HDF5 = {"libver": ("v110", "v110"), "alignment_threshold": 512, "alignment_interval": 64}
 
@@ -128,6 +128,7 @@ def _write_features(file: h5py.File, sink: _Sink, name: str, rows: Rows, dtype: 
             dataset[start : start + len(piece)] = piece
         sink.check()
         blocks += hash_blocks(piece)
+        del piece  # before the next one is made
     return blocks
 
 

@@ -121,12 +121,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except FeatcacheError as error:
         print(f"Error: {error}", file=sys.stderr)
         code = USAGE if isinstance(error, SettingsError) else ERROR
-    except Terminated:
-        print("terminated", file=sys.stderr)
-        code = TERMINATED
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+    except (KeyboardInterrupt, click.Abort) as error:
+        terminated = isinstance(error.__cause__ or error, Terminated)  # click turns every KeyboardInterrupt into Abort
+        print("terminated" if terminated else "interrupted", file=sys.stderr)
+        code = TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:  # `featcache predict ... | head` has read enough
         abandon_stdout()
         code = ERROR

@@ -53,6 +53,7 @@ from featcache.errors import FeatcacheError, OutputBusyError, OutputError
 from featcache.files import hash_bytes
 from featcache.images import make_evaluation_transform
 from featcache.stages.extract import extract_features
+from featcache.stages.train_head import train_head
 
 TINY: dict[str, Any] = {"backbone": "tiny", "weights": "none", "runtime": "eager", "workers": 0, "batch_size": 4}
 SIGKILLED = -signal.SIGKILL
@@ -476,12 +477,38 @@ def mutate_images(folder: Path, n: int) -> dict[str, Any]:
     return {**counts, "wrong": wrong}
 
 
+def be_nobody(folder: Path) -> dict[str, Any]:
+    """A cache and images that may only be read: reading works, writing fails before anything is computed."""
+    bench = Bench(folder)
+    output = bench.fresh("mine")
+    extract(bench.data, output)
+    train_head(output, folder / "head")  # everything is imported by now
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(PermissionError):
+            place.chmod(place.stat().st_mode | 0o055)
+
+    def work() -> dict[str, Any]:
+        os.seteuid(65534)
+        rows = len(read_cache(output)) + len(open_cache(output)) + verify_cache(output).rows
+        return {**extract(bench.data, output), "rows read": rows, "new": extract(bench.data, output.parent / "new.h5")}
+
+    code, done = in_child(work)
+    bench.expect(code == 0 and bool(done), f"the process ended with {code}")
+    if done:
+        bench.expect(done.get("kind") == OutputError.__name__ and done["passes"] == 0, f"{done}")
+        bench.expect(done.get("new", {}).get("kind") == OutputError.__name__, f"{done}")
+        bench.expect(done.get("rows read") == 3 * bench.images, f"{done}")
+        bench.expect(not list_leftovers(output), f"leftovers {list_leftovers(output)}")
+    return {"wrong": bench.wrong}
+
+
 EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
     "enumerate": enumerate_faults,
     "kill": kill_at_random,
     "together": write_together,
     "full": fill_disk,
     "flip": flip_bytes,
+    "nobody": be_nobody,
     "mutate": mutate_images,
 }
 

@@ -97,3 +97,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, te
     )
     assert result["wrong"] == []
     assert result["stopped with one line"] > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+def test_what_may_only_be_read_is_read_and_fails_to_be_written_before_any_work(tmp_path: Path) -> None:
+    assert experiment("nobody", tmp_path)["wrong"] == []
