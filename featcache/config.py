@@ -218,7 +218,7 @@ class CompareConfig(Settings):
         As in `FinetuneConfig`; the first four also for the extraction.
     solver, C
         As in `HeadConfig`.
-    workers, device, skip_bad
+    store, workers, device, skip_bad
         As in `ExtractConfig`.
     force
         Replace a cache or runs that were made with other settings.
@@ -235,6 +235,7 @@ class CompareConfig(Settings):
     lr: float | None = None
     solver: str | None = None
     C: float | None = None
+    store: str | None = None
     workers: int | None = None
     device: str = ExtractConfig.device
     skip_bad: bool = False

@@ -292,7 +292,7 @@ def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]],
         If there is no class folder, or one without any image.
     """
     entries = _sorted_entries(folder)
-    classes = [entry for entry in entries if _is_folder(entry) and not entry.name.startswith(".")]
+    classes = [entry for entry in entries if _is_folder(entry) and not _is_hidden(entry)]
     if not classes:
         loose = sum(is_image_name(entry.name) for entry in entries)
         raise DatasetError(
@@ -521,7 +521,7 @@ def _hash_all(
     kept = time.monotonic()
 
     def keep_fresh() -> None:
-        if keep and fresh:
+        if keep is not None and fresh:
             keep(np.array([values for values, _ in fresh], np.int64), np.array([digest for _, digest in fresh], "S64"))
             fresh.clear()
 
@@ -537,6 +537,7 @@ def _hash_all(
                     kept = time.monotonic()
                 yield answer
         finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts does not wait for what is queued
             keep_fresh()
 
 
@@ -564,7 +565,7 @@ def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     seen.add((status.st_dev, status.st_ino))
     for entry in _sorted_entries(folder):
         if _is_folder(entry):
-            if not entry.name.startswith("."):
+            if not _is_hidden(entry):
                 yield from _walk(entry.path, seen)
         else:
             yield entry.path
@@ -579,7 +580,15 @@ def _sorted_entries(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _has_folders(folder: Path) -> bool:
-    return any(_is_folder(entry) and not entry.name.startswith(".") for entry in _sorted_entries(folder))
+    return any(_is_folder(entry) and not _is_hidden(entry) for entry in _sorted_entries(folder))
+
+
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder is not to be looked into: a hidden one, or parts of a cache made among the images."""
+    if entry.name.endswith(".parts"):
+        names = os.listdir(entry.path)  # noqa: PTH208 - as above
+        return bool(names) and all(name.lstrip(".").startswith(("rows-", "files-")) for name in names)
+    return entry.name.startswith(".")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

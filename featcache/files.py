@@ -172,7 +172,9 @@ def replace_atomically(path: Path, size: int) -> Iterator[NewFile]:
     """
     temporary = temporary_path(path)
     try:
-        disk.make_folder(path.parent)
+        if not path.parent.is_dir():
+            disk.make_folder(path.parent)
+            disk.sync_folder(path.parent.parent)
         try:
             file = NewFile(temporary)
             try:

@@ -46,6 +46,13 @@ def test_what_exists_is_reused_without_being_asked_for_by_name(
     assert "2 epochs" in comparison.arms[1]["title"]
 
 
+def test_the_precision_of_the_cache_is_taken_over(photos: Path, tmp_path: Path, places: dict[str, str]) -> None:
+    featcache.extract_features(photos, places["features"], store="float16", **TINY)
+    comparison = featcache.compare(photos, tmp_path / "out", epochs=1, **places)
+    assert [arm["name"] for arm in comparison.arms] == ["head", "finetune"]
+    assert featcache.open_cache(places["features"]).stored == "float16"
+
+
 def test_a_stated_setting_that_contradicts_a_run_is_not_ignored(
     photos: Path, tmp_path: Path, places: dict[str, str]
 ) -> None:

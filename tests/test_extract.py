@@ -11,7 +11,7 @@ import pytest
 from conftest import COLOURS, TinyFamily, draw_photo
 
 import featcache
-from featcache.cache import hash_extractor, list_parts
+from featcache.cache import hash_extractor, list_parts, parts_path
 from featcache.errors import BadImagesError, CacheError, OutputError, StaleCacheError
 from featcache.progress import Progress
 
@@ -215,6 +215,20 @@ def test_features_that_are_not_numbers_are_never_stored(
     monkeypatch.setattr(TinyNetwork, "forward", forward)
     with pytest.raises(BadImagesError, match="not finite numbers"):
         featcache.extract_features(photos, tmp_path / "f.h5", runtime="eager", **TINY)
+
+
+def test_a_cache_among_the_images_goes_on_too(
+    flat_photos: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = flat_photos / "red/photo_003.jpg"
+    good = bad.read_bytes()
+    bad.write_text("not an image")
+    with pytest.raises(BadImagesError):
+        featcache.extract_features(flat_photos, flat_photos / "f.h5", **TINY)
+    assert parts_path(flat_photos / "f.h5").is_dir()
+    bad.write_bytes(good)
+    extraction = featcache.extract_features(flat_photos, flat_photos / "f.h5", **TINY)
+    assert (extraction.computed, extraction.cache.classes) == (1, ("blue", "green", "red"))
 
 
 def test_a_flat_folder_is_split_and_keeps_its_split_when_it_grows(

@@ -75,7 +75,7 @@ def is_held(output: Path) -> bool:
         with contextlib.suppress(OSError):
             owner = SoftFileLease(lease, lease_duration=LEASE_SECONDS).owner
             dead = owner is not None and _is_dead({"pid": owner.pid, "host": owner.hostname})
-            return not dead and time.time() - lease.stat().st_mtime < LEASE_SECONDS
+            return not dead and not _is_abandoned(lease)
     if not lock_path(output).exists():
         return False
     lock = FileLock(lock_path(output), fallback_to_soft=False, thread_local=False)
@@ -85,6 +85,11 @@ def is_held(output: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+def _is_abandoned(lease: Path) -> bool:
+    """Whether nobody has touched a lease for so long that its holder must be dead."""
+    return time.time() - lease.stat().st_mtime > LEASE_SECONDS
 
 
 def is_lock(path: Path) -> bool:
@@ -101,7 +106,11 @@ def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
     try:
         try:
             return _lock(output, MOMENT_SECONDS)
-        except Timeout:
+        except Timeout as error:
+            if not lock_path(output).exists() and not lease_path(output).exists():  # nobody holds what is not there
+                raise OutputError(
+                    f"cannot lock {output}: no file can be made there; choose another place with -o"
+                ) from error
             holder = _read_holder(output)
         if _is_dead(holder):
             with contextlib.suppress(Timeout):
@@ -132,6 +141,9 @@ def _lock(output: Path, timeout: float) -> BaseFileLock:
             raise
         with contextlib.suppress(OSError):
             lock_path(output).unlink()
+        with contextlib.suppress(OSError):
+            if _is_abandoned(lease_path(output)):
+                lease_path(output).unlink()
         lock = SoftFileLease(lease_path(output), lease_duration=LEASE_SECONDS, thread_local=False)
         lock.acquire(timeout=timeout, poll_interval=0.2)
     return lock

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ PART_SCHEMA = 1
 PART_SECONDS = 5.0
 PART_BYTES = 32 << 20
 ROWS, FILES = "rows", "files"
+PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
+PART_TEMPORARY_NAME = re.compile(rf"\.({PART_NAME.pattern})\.\d+\.tmp")
 
 
 def parts_path(output: Path) -> Path:
@@ -48,9 +51,15 @@ class PartWriter:
         The extractor's key.
     dtype
         Type in which the features are stored.
+
+    Attributes
+    ----------
+    parts
+        Those that were written.
     """
 
     def __init__(self, folder: Path, key: str, dtype: str) -> None:
+        self.parts: list[Part] = []
         self._folder, self._key, self._dtype = folder, key, np.dtype(dtype)
         self._digests: list[str] = []
         self._features: list[NDArray[Any]] = []
@@ -79,7 +88,9 @@ class PartWriter:
             return
         now = time.perf_counter()
         columns = {"features": np.concatenate(self._features), "digests": np.array(self._digests, "S64")}
-        _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, now - self._started)
+        seconds = now - self._started
+        path = _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, seconds)
+        self.parts.append(Part(path=path, key=self._key, seconds=seconds, columns={"digests": columns["digests"]}))
         self._digests, self._features, self._bytes, self._started = [], [], 0, now
 
 
@@ -109,6 +120,9 @@ class Part:
     key: str
     seconds: float
     columns: dict[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.columns["digests"])
 
     def read_features(self) -> NDArray[Any]:
         """(N, D) in the stored precision.
@@ -175,10 +189,12 @@ def remove_parts(output: Path, key: str) -> list[Path]:
     folder = parts_path(output)
     if not folder.is_dir():
         return []
-    done = [*folder.glob(f"{ROWS}-{key[:16]}-*.h5"), *folder.glob(f"{FILES}-*.h5"), *folder.glob(".*.tmp")]
-    with contextlib.suppress(OSError):  # the finished file is in place: nobody needs them, `cache prune` can try again
-        for path in done:
-            files.disk.remove(path)
+    mine = (f"{ROWS}-{key[:16]}", FILES)
+    for path in sorted(folder.glob("*")):
+        part = PART_NAME.fullmatch(path.name)
+        if PART_TEMPORARY_NAME.fullmatch(path.name) or (part and part["kind"] in mine):
+            with contextlib.suppress(OSError):  # the finished file is there, nobody needs it; `cache prune` tries again
+                files.disk.remove(path)
     left = sorted(folder.glob("*"))
     if not left:
         with contextlib.suppress(OSError):  # somebody put something there meanwhile
@@ -193,7 +209,7 @@ def remove_temporary(output: Path) -> None:
             files.disk.remove(path)
 
 
-def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> None:
+def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> Path:
     with h5py.File("part", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["featcache_part"] = PART_SCHEMA
         file.attrs["seconds"] = seconds
@@ -202,7 +218,9 @@ def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key
             file.create_dataset(name, data=values, chunks=values.shape, fletcher32=True)
         file.flush()
         data = file.id.get_file_image()
-    write_atomically(folder / f"{prefix}-{hash_bytes(data)[:32]}.h5", data)
+    path = folder / f"{prefix}-{hash_bytes(data)[:32]}.h5"
+    write_atomically(path, data)
+    return path
 
 
 def _load(path: Path, names: set[str]) -> Part:

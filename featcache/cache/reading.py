@@ -368,7 +368,7 @@ def map_features(dataset: h5py.Dataset, stream: FileIO, path: Path) -> NDArray[A
     offset = dataset.id.get_offset()
     if offset is None:  # no rows
         return np.empty(dataset.shape, dataset.dtype)
-    if offset + dataset.nbytes > path.stat().st_size:
+    if offset + dataset.nbytes > os.fstat(stream.fileno()).st_size:
         raise CacheError(f"{path} is damaged: {dataset.name} {dataset.shape} is not all there; extract again")
     mapped: NDArray[Any] = np.memmap(stream, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
     return mapped
@@ -436,7 +436,7 @@ def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
         raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; extract again")
     if group.chunks is not None and group.id.get_create_plist().get_nfilters() and not group.fletcher32:
         raise CacheError(f"{path} is not a feature cache: {name} is compressed; extract again")
-    if group.id.get_storage_size() < group.nbytes or group.nbytes > path.stat().st_size:
+    if group.id.get_storage_size() < group.nbytes or group.nbytes > file.id.get_filesize():
         raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; extract again")
     return group
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.cache.lock import is_held, is_lock, lease_path, lock_path
-from featcache.cache.parts import parts_path
+from featcache.cache.parts import PART_NAME, PART_TEMPORARY_NAME, parts_path
 from featcache.cache.reading import is_feature_cache, read_summary
 from featcache.errors import CacheError, OutputBusyError, OutputError
 from featcache.files import list_temporary
@@ -18,8 +18,6 @@ from featcache.files import list_temporary
 SUFFIXES = (".h5", ".hdf5", ".he5")
 CACHE, PARTS, TEMPORARY, LOCK = "cache", "parts", "temporary", "lock"
 _TEMPORARY_NAME = re.compile(rf"\.(?P<output>.+({'|'.join(map(re.escape, SUFFIXES))}))\.\d+\.tmp")
-_PART_NAME = re.compile(r"(?P<kind>rows-[0-9a-f]{16}|files)-[0-9a-f]{32}\.h5")
-_PART_TEMPORARY_NAME = re.compile(rf"\.({_PART_NAME.pattern})\.\d+\.tmp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +127,9 @@ def _describe_cache(path: Path) -> Item | None:
 
 def _describe_parts(folder: Path) -> Item | None:
     names = [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
-    ours = [match for name in names if (match := _PART_NAME.fullmatch(name))]
+    ours = [match for name in names if (match := PART_NAME.fullmatch(name))]
     others = len(list(folder.iterdir())) - sum(
-        bool(_PART_NAME.fullmatch(name) or _PART_TEMPORARY_NAME.fullmatch(name)) for name in names
+        bool(PART_NAME.fullmatch(name) or PART_TEMPORARY_NAME.fullmatch(name)) for name in names
     )
     if others or not names:  # somebody else's folder
         return None

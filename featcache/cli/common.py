@@ -84,6 +84,13 @@ machine_options = combine(
     option("--device", default=ExtractConfig.device, metavar="DEVICE", help=f"Where to run: {DEVICES}."),
 )  # fmt: skip
 
+
+def store_option(default: str | None = ExtractConfig.store) -> Decorator:
+    """`--store`."""
+    return option("--store", type=click.Choice(STORES), default=default,
+                  help="Precision in which features are kept; float16 halves the file.")  # fmt: skip
+
+
 skip_bad_option = option(
     "--skip-bad", is_flag=True, help="Leave out files that cannot be used as images (exit code 3)."
 )
@@ -104,8 +111,7 @@ extract_options = combine(
     option("--runtime", type=click.Choice(RUNTIMES), default=ExtractConfig.runtime,
            help="eager is the bit-exact reference, fused is faster on a CPU."),
     split_options(),
-    option("--store", type=click.Choice(STORES), default=ExtractConfig.store,
-           help="Precision in which features are kept; float16 halves the file."),
+    store_option(),
     skip_bad_option,
     option("--reuse", multiple=True, type=click.Path(), metavar="FILE",
            help="Take rows also from this cache; repeatable."),

@@ -20,6 +20,7 @@ from featcache.cli.common import (
     print_json,
     skip_bad_option,
     split_options,
+    store_option,
 )
 from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
 
@@ -49,6 +50,7 @@ from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
 )
 @machine_options
 @split_options(None, None)
+@store_option(None)
 @skip_bad_option
 @force_option
 @json_option

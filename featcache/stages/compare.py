@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache import files
-from featcache.cache import read_cache
+from featcache.cache import open_cache
 from featcache.config import RUNS_DIR, CompareConfig
 from featcache.dataset import describe_data
 from featcache.errors import BadImage, OutputError, RunError
@@ -106,7 +106,7 @@ def compare(
         data,
         config.features,
         progress=progress,
-        **config.stated("backbone", "weights", "val_fraction", "seed", "workers"),
+        **config.stated("backbone", "weights", "val_fraction", "seed", "store", "workers"),
         device=config.device,
         skip_bad=config.skip_bad,
         force=config.force,
@@ -153,16 +153,16 @@ def compare_runs(runs: Sequence[Path | str], output: Path | str = f"{RUNS_DIR}/c
 
 def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
     """Take what was not stated about the extraction from the cache that lies there, else from the fine-tuning run."""
-    names = ("backbone", "weights", "val_fraction", "seed")
+    names = ("backbone", "weights", "val_fraction", "seed", "store")
     finetune_run = Path(config.runs) / "finetune"
     found: Mapping[str, Any] = {}
     if Path(config.features).is_file():
-        source, found = config.features, read_cache(config.features).provenance["settings"]
+        source, found = config.features, open_cache(config.features).provenance["settings"]
     elif is_run(finetune_run):
         source, found = str(finetune_run), read_record(finetune_run).settings
     if config.force or not found:
         return config
-    adopted = {name: found[name] for name in names if getattr(config, name) is None}
+    adopted = {name: found[name] for name in names if name in found and getattr(config, name) is None}
     if adopted.get("backbone"):
         progress.say(f"backbone {adopted['backbone']}, as in {source}")
     return replace(config, **adopted)

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from featcache import files
 from featcache.backbones import Backbone, load_backbone
@@ -254,7 +255,9 @@ def plan_extraction(
     same = old is not None and old.key == hash_extractor(extractor)
     usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
     sources = {**({output: old} if old and usable else {}), **others}
-    parts, _ = list_parts(output, "rows", hash_extractor(extractor))
+    parts, unreadable = list_parts(output, "rows", hash_extractor(extractor))
+    for path in unreadable:
+        progress.say(f"WARNING: {path} is damaged; its rows are computed again")
     missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
     return Plan(
         output=output,
@@ -381,23 +384,23 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
             )
         missing = find_missing(plan.listing, _make_table(plan, sources, plan.parts))
-        unusable, computed = compute_rows(plan, missing, config, progress)
-        bad = [*plan.listing.bad, *unusable]
+        computed = compute_rows(plan, missing, config, progress)
+        bad = [*plan.listing.bad, *computed.bad]
         if bad and not config.skip_bad:
-            _say_kept(plan, progress)
+            _say_kept(plan, computed.parts, progress)
             raise BadImagesError(bad)
         listing = plan.listing.without(bad)
-        if computed or damaged or not _is_up_to_date(plan, listing, config):
-            parts, _ = list_parts(plan.output, "rows", plan.key)
+        if computed.rows or damaged or not _is_up_to_date(plan, listing, config):
+            table = _make_table(plan, sources, [*plan.parts, *computed.parts])
             provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, bool(missing))
-            write_cache(plan.output, _gather(plan, listing, _make_table(plan, sources, parts), provenance))
+            write_cache(plan.output, _gather(plan, listing, table, provenance))
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} parts of another extractor stay in {parts_path(plan.output)}")
     if plan.old and plan.sources and (gone := len(plan.old.listing.digests() - listing.digests())):
         progress.say(f"{gone} rows left {plan.output}: their images are not among those of {listing.root}")
     if missing and (changed := list_changed(listing)):
         progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
-    return _finish(plan, computed, tuple(bad), started)
+    return _finish(plan, computed.rows, tuple(bad), started)
 
 
 def find_missing(listing: Listing, table: RowTable) -> list[str]:
@@ -407,52 +410,55 @@ def find_missing(listing: Listing, table: RowTable) -> list[str]:
     return [digest for digest, found in zip(wanted, there.tolist(), strict=True) if not found]
 
 
-def compute_rows(
-    plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress
-) -> tuple[list[BadImage], int]:
+class Computed(NamedTuple):
+    """What came of computing: files that could not be used (with their copies), parts written, rows in them."""
+
+    bad: list[BadImage]
+    parts: list[Part]
+    rows: int
+
+
+def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress) -> Computed:
     """Compute the features of the images with these digests and keep them in parts.
 
     Whatever ends it, the rows that were computed are kept.
-
-    Returns
-    -------
-    bad
-        Every file that could not be used, also those that are copies of one.
-    computed
-        Rows that were computed.
     """
     if not digests:
-        return [], 0
+        return Computed([], [], 0)
     paths_by_digest: dict[str, list[str]] = {digest: [] for digest in digests}
     for split in plan.listing.splits.values():
         for path, digest in zip(split.paths, split.digests, strict=True):
             if digest in paths_by_digest:
                 paths_by_digest[digest].append(path)
-    bad: list[BadImage] = []
-    computed = 0
-    writer = PartWriter(parts_path(plan.output), plan.key, config.store)
     digest_of = {paths[0]: digest for digest, paths in paths_by_digest.items()}
+    bad: list[BadImage] = []
+    writer = PartWriter(parts_path(plan.output), plan.key, config.store)
     try:
         for output in progress.track(run_backbone(plan, digests, config), total=len(digests), what="extracting"):
-            with np.errstate(over="ignore"):
-                finite = np.isfinite(output.values.astype(config.store)).all(axis=1)
-            good = [digests[row] for row in output.rows[finite].tolist()]
-            writer.add(good, output.values[finite])
-            computed += len(good)
-            failed = list(output.bad)
-            for row, values in zip(output.rows[~finite].tolist(), output.values[~finite], strict=True):
-                reason = (
-                    "too large for float16; use --store float32" if np.isfinite(values).all() else "not finite numbers"
-                )
-                failed.append(BadImage(paths_by_digest[digests[row]][0], f"its features are {reason}"))
+            finite, failed = _find_unusable(output, [paths_by_digest[digests[row]][0] for row in output.rows], config)
+            writer.add([digests[row] for row in output.rows[finite].tolist()], output.values[finite])
             bad += [BadImage(copy, reason) for path, reason in failed for copy in paths_by_digest[digest_of[path]]]
     except KeyboardInterrupt:
         writer.flush()
-        _say_kept(plan, progress)
+        _say_kept(plan, writer.parts, progress)
         raise
     finally:
         writer.flush()
-    return bad, computed
+    return Computed(bad, writer.parts, sum(map(len, writer.parts)))
+
+
+def _find_unusable(
+    output: Outputs, paths: Sequence[str], config: ExtractConfig
+) -> tuple[NDArray[np.bool_], list[BadImage]]:
+    """Which of B rows can be stored (B,), and every file of the batch that has no such row, with the reason."""
+    with np.errstate(over="ignore"):
+        usable = np.isfinite(output.values.astype(config.store)).all(axis=1)
+    failed = list(output.bad)
+    for path, values in zip((paths[i] for i in np.flatnonzero(~usable).tolist()), output.values[~usable], strict=True):
+        too_large = bool(np.isfinite(values).all())
+        reason = "too large for float16; use --store float32" if too_large else "not finite numbers"
+        failed.append(BadImage(path, f"its features are {reason}"))
+    return usable, failed
 
 
 def run_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> Iterator[Outputs]:
@@ -559,9 +565,8 @@ def _describe_other(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
 
 
-def _say_kept(plan: Plan, progress: Progress) -> None:
-    parts, _ = list_parts(plan.output, "rows", plan.key)
-    if rows := sum(len(part.columns["digests"]) for part in parts):
+def _say_kept(plan: Plan, parts: Sequence[Part], progress: Progress) -> None:
+    if rows := sum(map(len, (*plan.parts, *parts))):
         progress.say(f"{rows} rows kept in {parts_path(plan.output)}; the same command goes on from there")
 
 
@@ -572,7 +577,7 @@ def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:
         "extend": "cache of the same extractor",
         "replace": "old cache replaced",
     }[plan.decision]
-    kept = sum(len(part.columns["digests"]) for part in plan.parts)
+    kept = sum(map(len, plan.parts))
     going_on = f", {kept} rows of an earlier try" if kept else ""
     progress.say(
         f"{plan.backbone.name}, weights {plan.backbone.weights['name']}, {plan.backbone.width} features, {plan.device} "
