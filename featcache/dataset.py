@@ -585,6 +585,8 @@ def _has_folders(folder: Path) -> bool:
 
 def _is_hidden(entry: os.DirEntry[str]) -> bool:
     """Whether a folder is not to be looked into: a hidden one, or parts of a cache made among the images."""
+    if entry.name.endswith((".h5.parts", ".hdf5.parts", ".he5.parts")):
+        return True
     if entry.name.endswith(".parts"):
         names = os.listdir(entry.path)  # noqa: PTH208 - as above
         return bool(names) and all(name.lstrip(".").startswith(("rows-", "files-")) for name in names)

@@ -112,6 +112,15 @@ class BadImagesError(FeatcacheError):
 
     def __init__(self, bad: Sequence[BadImage]) -> None:
         self.bad = list(bad)
-        lines = "".join(f"\n  {path}: {reason}" for path, reason in self.bad)
+        lines = "".join(f"\n  {make_printable(path)}: {make_printable(reason)}" for path, reason in self.bad)
         n = "1 file" if len(self.bad) == 1 else f"{len(self.bad)} files"
         super().__init__(f"{n} cannot be used as an image; mend or remove, or leave out with --skip-bad{lines}")
+
+
+def make_printable(text: str) -> str:
+    r"""Text that does nothing to a terminal: control characters as \xNN.
+
+    >>> make_printable("red.jpg\n\x1b[31m")
+    'red.jpg\\x0a\\x1b[31m'
+    """
+    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)

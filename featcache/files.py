@@ -7,12 +7,13 @@ its k-th call fail, or dies before it. (Source of the idea: how SQLite is tested
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import stat
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -114,7 +115,15 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; expected a file name (-o FILE)")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: it is not a regular file; choose another place with -o")
     check_folder_writable(path.parent, path)
+    try:
+        descriptor = os.open(temporary_path(path), os.O_WRONLY | os.O_CREAT)
+        os.close(descriptor)
+        temporary_path(path).unlink()
+    except OSError as error:  # the name is too long for what is appended to it
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name with -o") from error
 
 
 def check_folder_writable(folder: Path, wanted: Path) -> None:
@@ -177,6 +186,8 @@ def replace_atomically(path: Path, size: int) -> Iterator[NewFile]:
             disk.sync_folder(path.parent.parent)
         try:
             file = NewFile(temporary)
+            with contextlib.suppress(OSError):  # nothing there, or it is somebody else's
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))  # noqa: PTH101 - who may read it stays as it was
             try:
                 yield file
                 disk.sync(file.descriptor)
@@ -198,7 +209,10 @@ def temporary_path(path: Path) -> Path:
 
 def list_temporary(path: Path) -> list[Path]:
     """Unfinished files that were to become `path`, of any process."""
-    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp", re.DOTALL)
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(other for other in path.parent.iterdir() if pattern.fullmatch(other.name))
+    return []
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

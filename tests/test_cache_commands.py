@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import h5py
 import pytest
 from conftest import COLOURS, Outcome, TinyFamily, draw_photo
 
-from featcache.cache import hold_output, open_cache, read_cache
+from featcache.cache import hold_output, lock, open_cache, read_cache, reading
 
 Cli = Callable[..., Outcome]
 TINY = ("--backbone", "tiny", "--weights", "none", "--device", "cpu", "--runtime", "eager", "--batch-size", "1")
@@ -69,7 +68,7 @@ def leftovers(made: Path, cli: Cli, photos: Path, tmp_path: Path) -> set[str]:
     assert cli("extract", tmp_path / "broken", *TINY, "-o", "other.h5").code == 1
     assert list(Path("other.h5.parts").glob("rows-*.h5"))
     Path(".features.h5.123.tmp").write_bytes(bytes(100))
-    Path("features.h5.lock").write_text(json.dumps({"pid": dead_process(), "host": os.uname().nodename}))
+    Path("features.h5.lock").write_text(json.dumps({"program": lock.PROGRAM, "pid": dead_process(), "host": "here"}))
     left = {"other.h5.parts", ".features.h5.123.tmp", "features.h5.lock"}
     assert names() == {"features.h5", *left}
     return left
@@ -177,7 +176,7 @@ def test_a_flipped_byte_of_another_column_is_found(cli: Cli, made: Path, column:
     flip_byte(made, f"val/{column}")
     outcome = cli("cache", "verify")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err == f"Error: features.h5 is damaged: val/{column} is not what was written; extract again\n"
+    assert outcome.err == f"Error: features.h5 is damaged: val/{column} is not what was written; {reading.CURE}\n"
 
 
 def test_verify_goes_on_after_a_bad_file(cli: Cli, made: Path) -> None:

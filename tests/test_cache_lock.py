@@ -309,7 +309,7 @@ def test_several_who_wait_have_it_one_after_the_other(output: Path) -> None:
 
 
 def test_a_lock_file_of_a_dead_process_is_taken(output: Path, dead_pid: int) -> None:
-    written = {"pid": dead_pid, "host": socket.gethostname(), "since": "2020-01-01 00:00:00"}
+    written = {"program": lock.PROGRAM, "pid": dead_pid, "host": socket.gethostname(), "since": "2020-01-01 00:00:00"}
     lock_path(output).write_text(json.dumps(written))
     assert not is_held(output)
     with hold_output(output):
@@ -317,13 +317,24 @@ def test_a_lock_file_of_a_dead_process_is_taken(output: Path, dead_pid: int) -> 
     assert list_names(output.parent) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", '{"pid": "x"}', '{"pid": 1, "host": "elsewhere"}'])
-def test_a_lock_file_that_nobody_holds_is_taken_whatever_is_in_it(output: Path, text: str) -> None:
-    lock_path(output).write_text(text, encoding="latin-1")
+def test_an_empty_lock_file_that_nobody_holds_is_taken(output: Path) -> None:
+    lock_path(output).write_text("")
     assert not is_held(output)
     with hold_output(output):
         pass
     assert list_names(output.parent) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "\xff", "my thesis", '{"pid": 1, "host": "elsewhere"}'])
+def test_a_file_that_only_has_the_name_of_a_lock_is_neither_taken_nor_touched(output: Path, text: str) -> None:
+    lock_path(output).write_text(text, encoding="latin-1")
+    with (
+        pytest.raises(OutputError, match="is there and no lock of featcache's; move it") as caught,
+        hold_output(output),
+    ):
+        pytest.fail("it is held")
+    assert not isinstance(caught.value, OutputBusyError)
+    assert lock_path(output).read_text(encoding="latin-1") == text
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", '{"pid": "x"}'])
@@ -336,7 +347,7 @@ def test_a_holder_who_does_not_say_who_it_is_is_refused_all_the_same(output: Pat
 
 def test_a_holder_on_another_machine_is_named_with_it(output: Path) -> None:
     with hold_output(output):
-        written = {"pid": 7, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
+        written = {"program": lock.PROGRAM, "pid": 7, "host": "elsewhere", "since": "2026-01-01 00:00:00"}
         lock_path(output).write_text(json.dumps(written))
         with (
             pytest.raises(OutputBusyError, match="by process 7 on elsewhere since 2026-01-01 00:00:00; "),
@@ -490,7 +501,7 @@ def test_another_error_of_the_lock_is_not_taken_for_a_missing_one(
 ) -> None:
     refuse_flock(monkeypatch, errno.EIO)
     with (
-        pytest.raises(OutputError, match=f"^cannot lock {output}: Input/output error; ") as caught,
+        pytest.raises(OutputError, match=f"^cannot lock {output}: features.h5.lock: Input/output error; ") as caught,
         hold_output(output),
     ):
         pytest.fail("it is held")
@@ -504,7 +515,9 @@ def test_another_error_of_the_lock_is_not_taken_for_a_missing_one(
 def test_looking_leaves_no_trace(output: Path, dead_pid: int) -> None:
     assert not is_held(output)
     assert list_names(output.parent) == []
-    text = json.dumps({"pid": dead_pid, "host": socket.gethostname(), "since": "2020-01-01 00:00:00"})
+    text = json.dumps(
+        {"program": lock.PROGRAM, "pid": dead_pid, "host": socket.gethostname(), "since": "2020-01-01 00:00:00"}
+    )
     lock_path(output).write_text(text)
     before = lock_path(output).stat()
     assert not is_held(output)

@@ -406,7 +406,7 @@ def test_after_the_work_nothing_is_left_of_the_parts(output: Path) -> None:
     write_part(output, [1])
     write_part(output, [2], dtype="float16")
     keep_files(parts_path(output), np.ones((1, 4), np.int64), np.array(name_rows([1]), "S64"))
-    (parts_path(output) / ".rows-x.h5.123.tmp").write_bytes(b"half a part")
+    (parts_path(output) / f".rows-{'0' * 16}-{'1' * 32}.h5.123.tmp").write_bytes(b"half a part")
     assert remove_parts(output, KEY) == []
     assert list_names(output.parent) == []
 
@@ -440,7 +440,10 @@ def test_where_there_are_no_parts_nothing_is_removed(output: Path) -> None:
 
 def test_unfinished_files_of_dead_processes_go_and_all_else_stays(output: Path) -> None:
     part = write_part(output, [1])
-    unfinished = [output.with_name(".features.h5.123.tmp"), parts_path(output) / ".rows-x.h5.123.tmp"]
+    unfinished = [
+        output.with_name(".features.h5.123.tmp"),
+        parts_path(output) / f".rows-{'0' * 16}-{'1' * 32}.h5.123.tmp",
+    ]
     others = [output.with_name(".other.h5.123.tmp"), output.with_name("features.h5"), parts_path(output) / "notes.tmp"]
     for path in [*unfinished, *others]:
         path.write_bytes(b"x")
@@ -673,7 +676,7 @@ def test_gathered_rows_equal_a_plain_dictionary(
                 rows = make_cache(first, second, stored, lambda numbers, i=i: make_other_rows(numbers, i))  # type: ignore[misc]
                 write_cache(folder / f"{i}.h5", rows)
                 caches.append(folder / f"{i}.h5")
-        with open_sources(caches) as (sources, damaged):
+        with open_sources(caches, dtype) as (sources, damaged):
             everything = [*parts, *sources]
             for source in everything:
                 features = source.read(0, len(source.digests)).astype(dtype)
@@ -785,14 +788,14 @@ def test_rows_of_damaged_blocks_are_not_served_and_are_reported(output: Path) ->
     with output.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"\xff\xff\xff")
-    with open_sources([output]) as (sources, damaged):
+    with open_sources([output], "<f4") as (sources, damaged):
         assert damaged == [(output, "train", BLOCK_ROWS, 2 * BLOCK_ROWS)]
         table = RowTable(sources, DIM, "float32")
         positions = table.find(np.array(name_rows(range(n + 10)), "S64"))
         good = [*range(BLOCK_ROWS), *range(2 * BLOCK_ROWS, n + 10)]
         assert np.flatnonzero(positions >= 0).tolist() == good
         assert np.array_equal(table.read(positions[good]), make_rows(good))
-    with open_sources([output, whole]) as (sources, damaged):  # another file may have them
+    with open_sources([output, whole], "<f4") as (sources, damaged):  # another file may have them
         assert len(damaged) == 1
         table = RowTable(sources, DIM, "float32")
         positions = table.find(np.array(name_rows(range(BLOCK_ROWS, BLOCK_ROWS + 10)), "S64"))
@@ -805,13 +808,13 @@ def test_what_is_no_cache_is_no_source(output: Path) -> None:
     good = output.with_name("good.h5")
     write_cache(good, make_cache([1], [2]))
     output.write_bytes(b"my thesis")
-    with pytest.raises(CacheError, match=re.escape(str(output))), open_sources([good, output]):
+    with pytest.raises(CacheError, match=re.escape(str(output))), open_sources([good, output], "<f4"):
         pytest.fail("it was opened")
 
 
 def test_a_source_stays_the_file_that_it_was_when_another_takes_its_name(output: Path) -> None:
     write_cache(output, make_cache(range(10), [20]))
-    with open_sources([output]) as (sources, _):
+    with open_sources([output], "<f4") as (sources, _):
         table = RowTable(sources, DIM, "float32")
         write_cache(output, make_cache(range(10), [20], rows=lambda numbers: make_rows(numbers) + 1000))
         found = table.read(table.find(np.array(name_rows([9, 20, 0]), "S64")))

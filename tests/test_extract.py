@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -279,3 +280,101 @@ def test_a_split_test_folder_becomes_rows_too(photos: Path, tmp_path: Path, tiny
     shutil.copytree(photos / "val", photos / "test")
     cache = featcache.extract_features(photos, tmp_path / "f.h5", **TINY).cache
     assert {name: len(split) for name, split in cache.splits.items()} == {"train": 12, "val": 6, "test": 6}
+
+
+# What is somebody else's stays; what lies in the way is named
+
+
+def test_nothing_is_deleted_that_is_not_its_own(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    parts = tmp_path / "f.h5.parts"
+    parts.mkdir()
+    precious = [tmp_path / ".f.h5.mine.tmp", parts / "files-2020.h5", parts / ".notes.tmp", parts / "rows-1.h5"]
+    for path in precious:
+        path.write_text("precious")
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert all(path.read_text() == "precious" for path in precious)
+
+
+def test_a_link_where_parts_go_is_not_followed(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "f.h5.parts").symlink_to("mine")
+    with pytest.raises(OutputError, match=r"f\.h5\.parts is there and no folder of featcache's"):
+        featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert tiny.calls == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_pipes_links_and_giants_among_the_parts_are_left_alone(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    parts = tmp_path / "f.h5.parts"
+    parts.mkdir()
+    os.mkfifo(parts / f"files-{'0' * 32}.h5")
+    (parts / f"files-{'1' * 32}.h5").symlink_to("/dev/zero")
+    with (parts / f"files-{'2' * 32}.h5").open("wb") as file:
+        file.truncate(1 << 42)
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 18
+    assert len(list(parts.iterdir())) == 3
+
+
+def test_an_output_that_is_a_link_stays_one(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "f.h5").symlink_to("store/real.h5")
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert (tmp_path / "f.h5").is_symlink()
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["real.h5"]
+    assert featcache.extract_features(photos, tmp_path / "f.h5", **TINY).computed == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets who may read")
+def test_who_may_read_a_cache_stays_as_it_was(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    (tmp_path / "f.h5").chmod(0o600)
+    draw_photo((200, 200, 20), 99).save(photos / "train/red/photo_002.jpg")
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert (tmp_path / "f.h5").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_damaged_or_older_cache_is_replaced_by_force_only(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        file["train/labels"][3] ^= 1
+    for schema in (None, 1):
+        if schema:
+            with h5py.File(tmp_path / "f.h5", "r+") as file:
+                file.attrs["featcache_schema"] = schema
+        with pytest.raises(CacheError, match="extract again with --force"):
+            featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert featcache.extract_features(photos, tmp_path / "f.h5", force=True, **TINY).computed == 18
+
+
+def test_rows_too_large_for_float16_are_named_as_if_they_were_new(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from conftest import TinyNetwork
+
+    monkeypatch.setattr(TinyNetwork, "forward", lambda self, images: images.mean((2, 3)).repeat(1, 3)[:, :8] * 1e6)
+    featcache.extract_features(photos, tmp_path / "f32.h5", runtime="eager", **TINY)
+    with pytest.raises(BadImagesError, match="too large for float16"):
+        featcache.extract_features(
+            photos, tmp_path / "f16.h5", runtime="eager", store="float16", reuse=(str(tmp_path / "f32.h5"),), **TINY
+        )
+
+
+def test_a_name_that_leaves_no_room_for_what_is_appended_fails_before_any_work(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    for n in (247, 251):
+        with pytest.raises(OutputError, match="choose another name with -o"):
+            featcache.extract_features(photos, tmp_path / ("x" * n + ".h5"), **TINY)
+    assert (tiny.calls, list(tmp_path.glob("*x*"))) == (0, [])
+
+
+def test_a_folder_of_parts_is_no_class_whatever_is_in_it(flat_photos: Path, tiny: type[TinyFamily]) -> None:
+    for name in ("", "notes.txt"):
+        (flat_photos / "f.h5.parts").mkdir(exist_ok=True)
+        if name:
+            (flat_photos / "f.h5.parts" / name).write_text("mine")
+        assert featcache.extract_features(flat_photos, flat_photos / "f.h5", **TINY).cache.classes[0] == "blue"

@@ -26,6 +26,7 @@ from featcache.cache import (
     verify_cache,
     write_cache,
 )
+from featcache.cache.reading import CURE
 from featcache.dataset import Split
 from featcache.errors import CacheError
 from featcache.files import hash_file
@@ -151,7 +152,7 @@ def test_a_stranger_reads_an_old_cache_with_h5py() -> None:
 
 
 def test_the_rows_of_an_old_cache_are_served() -> None:
-    with open_sources([GOLDEN]) as (sources, damaged):
+    with open_sources([GOLDEN], "<f4") as (sources, damaged):
         served = {
             digest.decode(): row
             for source in sources
@@ -180,7 +181,7 @@ def test_another_schema_is_refused_with_both_numbers(tmp_path: Path, schema: int
     before = path.read_bytes()
     with pytest.raises(CacheError) as caught:
         read(path)
-    assert str(caught.value) == f"{path} has cache schema {schema}, this featcache reads 2; extract again"
+    assert str(caught.value) == f"{path} has cache schema {schema}, this featcache reads 2; {CURE}"
     assert path.read_bytes() == before
 
 

@@ -47,6 +47,7 @@ from featcache.cache.lock import hold_output
 from featcache.cache.parts import (
     Part,
     PartWriter,
+    check_parts,
     keep_files,
     list_parts,
     make_known_files,
@@ -55,7 +56,15 @@ from featcache.cache.parts import (
     remove_parts,
     remove_temporary,
 )
-from featcache.cache.reading import CacheReader, Verification, open_cache, read_cache, verify_cache
+from featcache.cache.reading import (
+    CacheReader,
+    Verification,
+    check_complete,
+    is_feature_cache,
+    open_cache,
+    read_cache,
+    verify_cache,
+)
 from featcache.cache.rows import GatheredRows, PartSource, RowTable, Source, open_sources
 from featcache.cache.tidying import Item, describe_item, list_items, list_near, remove_item
 from featcache.cache.writing import estimate_bytes, write_cache
@@ -75,10 +84,13 @@ __all__ = [
     "Source",
     "Verification",
     "can_serve",
+    "check_complete",
+    "check_parts",
     "describe_item",
     "estimate_bytes",
     "hash_extractor",
     "hold_output",
+    "is_feature_cache",
     "keep_files",
     "key_parts",
     "list_differences",

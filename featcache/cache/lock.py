@@ -21,6 +21,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 from featcache.errors import OutputBusyError, OutputError
 from featcache.progress import SILENT, Progress
 
+PROGRAM = "featcache extract"
 LEASE_SECONDS = 120.0
 # What flock says where it is not to be had: no locks, not supported, and Linux's own ENOTSUPP of some NFS servers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 524}
@@ -94,18 +95,26 @@ def _is_abandoned(lease: Path) -> bool:
 
 def is_lock(path: Path) -> bool:
     """Whether a file is a lock that featcache left, by what is in it."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > 4096:
+            return False
         text = path.read_text(encoding="utf-8")
         if path.name.endswith(".lease"):
             return text.startswith("filelock/")
-        return not text or {"pid", "host"} <= set(json.loads(text))
+        return not text or json.loads(text).get("program") == PROGRAM
     return False
 
 
 def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
+    path = lock_path(output)
+    strange = os.path.lexists(path) and not is_lock(path)
     try:
         try:
-            return _lock(output, MOMENT_SECONDS)
+            lock = _lock(output, MOMENT_SECONDS)
+            if not strange:
+                return lock
+            lock.release()
+            raise OutputError(f"{path} is there and no lock of featcache's; move it, or choose another -o")
         except Timeout as error:
             if not lock_path(output).exists() and not lease_path(output).exists():  # nobody holds what is not there
                 raise OutputError(
@@ -119,7 +128,8 @@ def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
             progress.say(f"{output} is being extracted by {_name(holder)}; waiting for it")
             return _lock(output, -1)
     except OSError as error:
-        raise OutputError(f"cannot lock {output}: {error.strerror or error}; choose another place with -o") from error
+        reason = f"{path.name}: {error.strerror or error}"
+        raise OutputError(f"cannot lock {output}: {reason}; choose another place with -o") from error
     raise OutputBusyError(
         f"{output} is being extracted by {_name(holder)}; wait for it with --wait, or choose another place with -o"
     )
@@ -155,7 +165,12 @@ def lease_path(output: Path) -> Path:
 
 
 def _describe_me() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    return {
+        "program": PROGRAM,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def _read_holder(output: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -23,13 +24,14 @@ from numpy.typing import NDArray
 from featcache import files
 from featcache.cache.reading import explain_errors
 from featcache.dataset import STATS, Digests, KnownFiles, Stats
-from featcache.errors import CacheError
+from featcache.errors import CacheError, OutputError
 from featcache.files import hash_bytes, list_temporary, write_atomically
 
 PART_SCHEMA = 1
 # A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
 PART_SECONDS = 5.0
 PART_BYTES = 32 << 20
+MAX_PART_BYTES = 1 << 30  # what lies there and is larger is no part
 ROWS, FILES = "rows", "files"
 PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
 PART_TEMPORARY_NAME = re.compile(rf"\.({PART_NAME.pattern})\.\d+\.tmp")
@@ -155,7 +157,10 @@ def list_parts(output: Path, kind: str, key: str = "") -> tuple[list[Part], list
         Files that are not what their name says.
     """
     parts, damaged = [], []
-    for path in sorted(parts_path(output).glob(f"{kind}-{key[:16]}*.h5")):
+    for path in _list_files(parts_path(output)):
+        match = PART_NAME.fullmatch(path.name)
+        if not match or match["kind"] != (f"{ROWS}-{key[:16]}" if kind == ROWS else kind):
+            continue
         try:
             part = _load(path, {"digests", "stats"})
         except CacheError:
@@ -190,7 +195,7 @@ def remove_parts(output: Path, key: str) -> list[Path]:
     if not folder.is_dir():
         return []
     mine = (f"{ROWS}-{key[:16]}", FILES)
-    for path in sorted(folder.glob("*")):
+    for path in _list_files(folder):
         part = PART_NAME.fullmatch(path.name)
         if PART_TEMPORARY_NAME.fullmatch(path.name) or (part and part["kind"] in mine):
             with contextlib.suppress(OSError):  # the finished file is there, nobody needs it; `cache prune` tries again
@@ -204,9 +209,28 @@ def remove_parts(output: Path, key: str) -> list[Path]:
 
 def remove_temporary(output: Path) -> None:
     """Remove unfinished files that a dead process left; only who holds the lock may."""
-    for path in [*list_temporary(output), *parts_path(output).glob(".*.tmp")]:
+    parts = [path for path in _list_files(parts_path(output)) if PART_TEMPORARY_NAME.fullmatch(path.name)]
+    for path in [*list_temporary(output), *parts]:
         with contextlib.suppress(OSError):
             files.disk.remove(path)
+
+
+def check_parts(output: Path) -> None:
+    """Raise an OutputError if something lies where the parts of an extraction into `output` go."""
+    folder = parts_path(output)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise OutputError(f"{folder} is there and no folder of featcache's; move it, or choose another place with -o")
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """Regular files of a size that parts have; pipes, links and giants are none of ours."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # it has just gone
+                if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size < MAX_PART_BYTES:
+                    found.append(Path(entry.path))
+    return sorted(found)
 
 
 def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> Path:

@@ -42,7 +42,9 @@ from featcache.files import canonical_json, hash_bytes
 TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
 COLUMNS = ("features", "features_sha256", "labels", "paths", "digests", "stats")
 SMALL_COLUMNS = COLUMNS[1:]
+CURE = "extract again with --force, or elsewhere with -o"
 READ_ROWS = 4 * BLOCK_ROWS  # at a time: one block for each of a few cores
+MAX_DEPTH = 20  # of JSON
 MAX_TEXT = 1 << 28  # bytes of one attribute; the longest honest one lists the bad files of a large data set
 
 
@@ -77,8 +79,6 @@ def read_cache(path: Path | str) -> FeatureCache:
             for start, rows in reader.iterate_features(name):
                 if damaged := reader.find_damage(name, rows, start):
                     raise CacheError(_say_damage(reader.path, name, damaged[0], cache.provenance))
-                if not np.isfinite(rows).all():
-                    raise CacheError(f"{path} is damaged: {name}/features holds NaN or infinity; extract again")
                 features[start : start + len(rows)] = rows
             splits[name] = FeatureSplit(listing=split.listing, features=features)
         return replace(cache, splits=splits)
@@ -97,7 +97,7 @@ class Verification:
     bytes
         Its size.
     damaged
-        (split, first row, row after the last) of features that are not those that were written.
+        (split, first row, row after the last) of features that are not those that were written, or no finite numbers.
     cure
         The command that computes them again.
     """
@@ -128,7 +128,7 @@ def verify_cache(path: Path | str) -> Verification:
                 found = reader.find_damage(name, rows, start)
                 damaged += [(name, *block) for block in found]
                 if not found and not np.isfinite(rows).all():
-                    raise CacheError(f"{path} holds NaN or infinity in {name}/features; extract again")
+                    raise CacheError(f"{path} holds NaN or infinity in {name}/features; {CURE}")
         return Verification(
             path=reader.path,
             rows=sum(reader.lengths.values()),
@@ -250,7 +250,7 @@ class CacheReader:
             yield start, self.read_features(split, start, start + READ_ROWS, into=piece)
 
     def find_damage(self, split: str, features: NDArray[Any], start: int = 0) -> list[tuple[int, int]]:
-        """Which blocks of rows are not those that were written, as (first row, row after the last).
+        """Which blocks of rows are not those that were written, or no numbers, as (first row, row after the last).
 
         Parameters
         ----------
@@ -266,23 +266,23 @@ class CacheReader:
         return [
             (start + i * BLOCK_ROWS, min(start + (i + 1) * BLOCK_ROWS, start + len(features)))
             for i, (found, wanted) in enumerate(zip(hash_blocks(features), expected, strict=True))
-            if found != wanted
+            if found != wanted or not np.isfinite(features[i * BLOCK_ROWS : (i + 1) * BLOCK_ROWS]).all()
         ]
 
     def _check_texts(self) -> None:
         classes = self._load_json("classes", list)
         if not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
-            raise CacheError(f"{self.path} is damaged: its classes are not different names; extract again")
+            raise CacheError(f"{self.path} is damaged: its classes are not different names; {CURE}")
         self.provenance = self._load_json("provenance", dict)
-        if not isinstance(self.provenance.get("data"), str) or not isinstance(
-            self.provenance.get("settings", {}), dict
-        ):
-            raise CacheError(f"{self.path} is damaged: its provenance does not name the data; extract again")
+        data, settings = self.provenance.get("data"), self.provenance.get("settings", {})
+        os.fsencode("".join(classes))  # what is no name in any file system is none here
+        if not isinstance(data, str) or b"\0" in os.fsencode(data) or not isinstance(settings, dict):
+            raise CacheError(f"{self.path} is damaged: its provenance does not name the data; {CURE}")
         key = hash_extractor(self._extractor)
         if key != self._texts["extractor_key"]:
-            raise CacheError(f"{self.path} is damaged: its extractor and its extractor_key disagree; extract again")
+            raise CacheError(f"{self.path} is damaged: its extractor and its extractor_key disagree; {CURE}")
         if hash_content(tuple(classes), key, self._columns_sha256) != self._texts["content_sha256"]:
-            raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; extract again")
+            raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; {CURE}")
         self._n_classes = len(classes)
 
     def _load_json(self, name: str, kind: type[Any]) -> Any:
@@ -291,7 +291,7 @@ class CacheReader:
     def _find_splits(self) -> list[str]:
         names = [name for name in SPLITS if name in self._file]
         if not {"train", "val"} <= set(names):
-            raise CacheError(f"{self.path} is not a whole feature cache: expected train and val; extract again")
+            raise CacheError(f"{self.path} is not a whole feature cache: expected train and val; {CURE}")
         return names
 
     def _find_columns(self, name: str) -> dict[str, h5py.Dataset]:
@@ -300,21 +300,21 @@ class CacheReader:
         if (features.shape[1], features.dtype.str) != (self._extractor["dim"], STORED_TYPES.get(stored)):
             raise CacheError(
                 f"{self.path} is damaged: {name}/features is {features.dtype} {features.shape}, expected {stored} of "
-                f"width {self._extractor['dim']}; extract again"
+                f"width {self._extractor['dim']}; {CURE}"
             )
         n = len(features)
         lengths = {len(columns[column]) for column in ("labels", "paths", "digests", "stats")}
         if lengths != {n} or len(columns["features_sha256"]) != -(-n // BLOCK_ROWS):
-            raise CacheError(f"{self.path} is damaged: the columns of {name} differ in length; extract again")
+            raise CacheError(f"{self.path} is damaged: the columns of {name} differ in length; {CURE}")
         if columns["stats"].shape[1] != len(STATS):
-            raise CacheError(f"{self.path} is damaged: {name}/stats is {columns['stats'].shape}; extract again")
+            raise CacheError(f"{self.path} is damaged: {name}/stats is {columns['stats'].shape}; {CURE}")
         return columns
 
     def _read_blocks(self, name: str) -> list[str]:
         """The digests of the blocks of features."""
         blocks = [text.decode("ascii") for text in self._read_column(name, "features_sha256").tolist()]
         if hash_bytes("".join(blocks).encode()) != self._columns_sha256.get(f"{name}/features"):
-            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; extract again")
+            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; {CURE}")
         return blocks
 
     def _read_split(self, name: str) -> FeatureSplit:
@@ -331,13 +331,13 @@ class CacheReader:
         """A small column, if it is what was written and makes sense."""
         values: NDArray[Any] = self._columns[name][column][:]
         if hash_bytes(np.ascontiguousarray(values).tobytes()) != self._columns_sha256.get(f"{name}/{column}"):
-            raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; extract again")
+            raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; {CURE}")
         if column == "labels" and len(values) and not (values.min() >= 0 and values.max() < self._n_classes):
-            raise CacheError(f"{self.path} is damaged: {name}/labels are not indices into its classes; extract again")
+            raise CacheError(f"{self.path} is damaged: {name}/labels are not indices into its classes; {CURE}")
         if column == "paths" and (bad := _find_stray_path(values)) is not None:
             raise CacheError(f"{self.path} is not a feature cache: {name}/paths leads out of the data: {bad!r}")
-        if column == "digests":
-            b"".join(values[:1].tolist() + values[-1:].tolist()).decode("ascii")
+        if column == "digests" and not values.tobytes().isascii():
+            raise CacheError(f"{self.path} is not a feature cache: {name}/digests are no digests; {CURE}")
         return values
 
 
@@ -369,7 +369,7 @@ def map_features(dataset: h5py.Dataset, stream: FileIO, path: Path) -> NDArray[A
     if offset is None:  # no rows
         return np.empty(dataset.shape, dataset.dtype)
     if offset + dataset.nbytes > os.fstat(stream.fileno()).st_size:
-        raise CacheError(f"{path} is damaged: {dataset.name} {dataset.shape} is not all there; extract again")
+        raise CacheError(f"{path} is damaged: {dataset.name} {dataset.shape} is not all there; {CURE}")
     mapped: NDArray[Any] = np.memmap(stream, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
     return mapped
 
@@ -383,10 +383,13 @@ def open_hdf5(path: Path) -> Iterator[tuple[h5py.File, FileIO]]:
     CacheError
         If there is none.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise CacheError(f"{path} {what}: expected a feature cache; `featcache extract DATA -o {path}` makes one")
     with explain_errors(path):
+        if not path.is_file():
+            if path.exists():
+                raise CacheError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}, not a feature cache")
+            raise CacheError(
+                f"{path} does not exist: expected a feature cache; `featcache extract DATA -o {path}` makes one"
+            )
         status = path.stat()
         if hasattr(status, "st_blocks") and status.st_size > (1 << 30) + 1000 * 512 * status.st_blocks:
             raise CacheError(f"{path} claims {status.st_size:,} bytes and holds {512 * status.st_blocks:,}; remove it")
@@ -425,19 +428,19 @@ def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     group: Any = file
     for part in name.split("/"):
         if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise CacheError(f"{path} is not a whole feature cache: {name} is missing or a link; extract again")
+            raise CacheError(f"{path} is not a whole feature cache: {name} is missing or a link; {CURE}")
         group = group[part]
     if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
-        raise CacheError(f"{path} is not a feature cache: {name} is not stored in it; extract again")
+        raise CacheError(f"{path} is not a feature cache: {name} is not stored in it; {CURE}")
     column = name.rpartition("/")[2]
     kinds = {"features": ("<f4", "<f2"), "labels": ("<i8",), "stats": ("<i8",)}.get(column)
     right_kind = group.dtype.kind == "S" if kinds is None else group.dtype.str in kinds
     if group.ndim != (2 if column in ("features", "stats") else 1) or not right_kind:
-        raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; extract again")
-    if group.chunks is not None and group.id.get_create_plist().get_nfilters() and not group.fletcher32:
-        raise CacheError(f"{path} is not a feature cache: {name} is compressed; extract again")
+        raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; {CURE}")
+    if group.chunks is not None:  # or a small file could hold gigabytes
+        raise CacheError(f"{path} is not a feature cache: {name} is in chunks, not in one piece; {CURE}")
     if group.id.get_storage_size() < group.nbytes or group.nbytes > file.id.get_filesize():
-        raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; extract again")
+        raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; {CURE}")
     return group
 
 
@@ -447,13 +450,13 @@ def _read_texts(file: h5py.File, path: Path) -> dict[str, str]:
         raise CacheError(f"{path} is an HDF5 file but not a feature cache; `featcache extract DATA` makes one")
     found = _read_plain(file, "featcache_schema", path)
     if found != SCHEMA:
-        raise CacheError(f"{path} has cache schema {found}, this featcache reads {SCHEMA}; extract again")
+        raise CacheError(f"{path} has cache schema {found}, this featcache reads {SCHEMA}; {CURE}")
     names = (*TEXTS, "attributes_sha256")
     if missing := [name for name in names if name not in file.attrs]:
-        raise CacheError(f"{path} is not a whole feature cache: it lacks {', '.join(missing)}; extract again")
+        raise CacheError(f"{path} is not a whole feature cache: it lacks {', '.join(missing)}; {CURE}")
     texts = {name: str(_read_plain(file, name, path)) for name in names}
     if texts.pop("attributes_sha256") != hash_texts(texts):
-        raise CacheError(f"{path} is damaged: its attributes are not those that were written; extract again")
+        raise CacheError(f"{path} is damaged: its attributes are not those that were written; {CURE}")
     return texts
 
 
@@ -461,7 +464,7 @@ def _read_plain(file: h5py.File, name: str, path: Path) -> str | int:
     """An attribute that is one integer or one text of fixed length; nothing that points anywhere."""
     attribute = file.attrs.get_id(name)
     if attribute.shape != () or attribute.dtype.kind not in "iuS" or attribute.dtype.itemsize > MAX_TEXT:
-        raise CacheError(f"{path} is damaged: its attributes are not those that were written; extract again")
+        raise CacheError(f"{path} is damaged: its attributes are not those that were written; {CURE}")
     value = file.attrs[name]
     return value.decode("ascii") if isinstance(value, bytes) else int(value)
 
@@ -475,8 +478,44 @@ def load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
     """JSON of an attribute, if it is of this kind."""
     value = json.loads(text)
     if not isinstance(value, kind):
-        raise CacheError(f"{path} is not a feature cache: its {name} is no {kind.__name__}; extract again")
+        raise CacheError(f"{path} is not a feature cache: its {name} is no {kind.__name__}; {CURE}")
+    level, depth = [value], 0
+    while level := [item for group in level for item in (group.values() if isinstance(group, dict) else group)]:
+        level, depth = [item for item in level if isinstance(item, dict | list)], depth + 1
+        if depth > MAX_DEPTH:
+            raise CacheError(f"{path} is not a feature cache: its {name} is nested too deeply; {CURE}")
     return value
+
+
+def check_complete(cache: FeatureCache, path: Path | str) -> None:
+    """Raise a CacheError if the descriptions in a cache lack something that every extraction writes."""
+    extractor, origin = cache.extractor, cache.provenance
+    weights, look = extractor.get("weights"), extractor.get("preprocessing")
+    size = origin.get("peak_memory_bytes")
+    sound = {
+        "extractor.backbone": isinstance(extractor.get("backbone"), str),
+        "extractor.layer": isinstance(extractor.get("layer"), str),
+        "extractor.weights": isinstance(weights, dict)
+        and all(isinstance(weights.get(name), str) for name in ("name", "tensors_sha256")),
+        "extractor.preprocessing": isinstance(look, dict)
+        and all(isinstance(look.get(name), int) for name in ("resize", "crop"))
+        and all(isinstance(look.get(name), str) for name in ("interpolation", "decoding"))
+        and all(_is_colour(look.get(name)) for name in ("mean", "std")),
+        "provenance.settings": {"backbone", "weights", "val_fraction", "seed"} <= set(origin.get("settings", {})),
+        "provenance.seconds": isinstance(origin.get("seconds"), float | int) and 0 <= origin["seconds"] < 1e12,
+        "provenance.peak_memory_bytes": size is None or isinstance(size, int),
+        "provenance.device": isinstance(origin.get("device"), str),
+        "provenance.runtime": isinstance(origin.get("runtime"), str),
+        "provenance.environment": isinstance(origin.get("environment"), dict),
+        "provenance.bad": isinstance(origin.get("bad"), list)
+        and all(isinstance(item, list) and len(item) == 2 for item in origin["bad"]),
+    }
+    if missing := [name for name, is_sound in sound.items() if not is_sound]:
+        raise CacheError(f"{path} is not a whole feature cache: {', '.join(missing)} missing or strange; {CURE}")
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(number, float | int) for number in value)
 
 
 def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
@@ -489,6 +528,10 @@ def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[
 def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
     """The command that made a cache."""
     settings = provenance.get("settings", {})
-    stated = {name: value for name, value in settings.items() if value != getattr(ExtractConfig, name, None)}
+    stated = {
+        name: settings[name]
+        for name in ExtractConfig.RESULT  # what else a file says is no option
+        if name in settings and settings[name] != getattr(ExtractConfig, name)
+    }
     options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in stated.items()]
     return " ".join(["featcache extract", shlex.quote(provenance["data"]), f"-o {shlex.quote(str(path))}", *options])

@@ -25,7 +25,7 @@ class Source(Protocol):
 
 
 class SplitSource:
-    """The rows of one split of an open cache, but those in damaged blocks.
+    """The rows of one split of an open cache, but those in damaged blocks and those that `dtype` cannot hold.
 
     Attributes
     ----------
@@ -33,12 +33,15 @@ class SplitSource:
         (first row, row after the last) of each such block.
     """
 
-    def __init__(self, reader: CacheReader, split: str) -> None:
+    def __init__(self, reader: CacheReader, split: str, dtype: str) -> None:
         self._reader, self._split = reader, split
         self.digests = np.array(reader.cache.splits[split].listing.digests, dtype="S64")
         self.damaged: list[tuple[int, int]] = []
         for start, features in reader.iterate_features(split):
             self.damaged += reader.find_damage(split, features, start)
+            with np.errstate(over="ignore"):
+                usable = np.isfinite(features.astype(dtype, copy=False)).all(axis=1)
+            self.digests[start : start + len(features)][~usable] = b""
         for start, stop in self.damaged:
             self.digests[start:stop] = b""
 
@@ -124,10 +127,11 @@ class GatheredRows:
 
 
 @contextlib.contextmanager
-def open_sources(caches: Sequence[Path]) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
+def open_sources(caches: Sequence[Path], dtype: str) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
     """The rows of finished caches, as long as the block lasts.
 
-    Every block of features is compared with its digest first: damaged rows are as good as none.
+    Every block of features is compared with its digest first: damaged rows are as good as none, and so are those that
+    are no finite numbers in the type in which they are wanted.
 
     Returns
     -------
@@ -147,7 +151,7 @@ def open_sources(caches: Sequence[Path]) -> Iterator[tuple[list[Source], list[tu
         for path in caches:
             reader = stack.enter_context(CacheReader(path))
             for split in reader.cache.splits:
-                source = SplitSource(reader, split)
+                source = SplitSource(reader, split, dtype)
                 damaged += [(path, split, *rows) for rows in source.damaged]
                 sources.append(source)
         yield sources, damaged

@@ -107,7 +107,7 @@ def describe_item(path: Path) -> Item | None:
             return _describe_parts(path) if path.name.endswith(".parts") else None
         if match := _TEMPORARY_NAME.fullmatch(path.name):
             return _make_item(path, TEMPORARY, path.with_name(match["output"]), "not finished, of no use")
-        if path.suffix in (".lock", ".lease") and is_lock(path):
+        if path.suffix in (".lock", ".lease") and Path(path.stem).suffix in SUFFIXES and is_lock(path):
             output = path.with_suffix("")
             return _make_item(path, LOCK, output, "somebody extracts" if is_held(output) else "of a process that died")
         if path.suffix in SUFFIXES and not path.name.startswith("."):
@@ -116,7 +116,7 @@ def describe_item(path: Path) -> Item | None:
 
 
 def _describe_cache(path: Path) -> Item | None:
-    if not path.is_file() or not is_feature_cache(path):
+    if not os.path.isfile(path) or not is_feature_cache(path):  # noqa: PTH113 - no error where one may not look
         return None
     try:
         about = read_summary(path)

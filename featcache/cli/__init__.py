@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 
 import click
 
-from featcache.errors import FeatcacheError, SettingsError
+from featcache.errors import BadImagesError, FeatcacheError, SettingsError, make_printable
 
 COMMANDS = {
     "extract": "extract",
@@ -119,7 +119,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show()
         code = error.exit_code
     except FeatcacheError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        lines = str(error).split("\n") if isinstance(error, BadImagesError) else [str(error)]
+        print("Error: " + "\n".join(map(make_printable, lines)), file=sys.stderr)
         code = USAGE if isinstance(error, SettingsError) else ERROR
     except (KeyboardInterrupt, click.Abort) as error:
         terminated = isinstance(error.__cause__ or error, Terminated)  # click turns every KeyboardInterrupt into Abort

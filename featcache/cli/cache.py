@@ -21,7 +21,7 @@ from featcache.cli.common import (
     print_json,
 )
 from featcache.config import FEATURES_FILE
-from featcache.errors import CacheError
+from featcache.errors import CacheError, make_printable
 
 if TYPE_CHECKING:
     from featcache.cache import FeatureCache, Item
@@ -50,9 +50,10 @@ def info(file: str, as_json: bool) -> None:
     Example:
       featcache cache info features.h5
     """
-    from featcache.cache import open_cache
+    from featcache.cache import check_complete, open_cache
 
     cache = open_cache(file)
+    check_complete(cache, file)
     size = Path(file).stat().st_size
     if as_json:
         print_json(
@@ -73,7 +74,7 @@ def info(file: str, as_json: bool) -> None:
         return
     click.echo(f"{file}: a feature cache of {len(cache):,} rows, {format_bytes(size)}")
     for name, text in describe_cache(cache):
-        click.echo(f"  {name:<15}{text}")
+        click.echo(make_printable(f"  {name:<15}{text}"))
 
 
 def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
@@ -119,7 +120,7 @@ def verify(files: tuple[str, ...], as_json: bool) -> int:
             problems = [f"{name}/features rows {start} to {stop - 1}" for name, start, stop in found.damaged]
         except CacheError as error:
             problems = [str(error)]
-            print(f"Error: {error}", file=sys.stderr)
+            print(make_printable(f"Error: {error}"), file=sys.stderr)
         else:
             took = f"{rows:,} rows, {format_bytes(found.bytes)} read in {time.perf_counter() - started:.1f} s"
             if problems and not as_json:
@@ -179,7 +180,7 @@ def print_explanation(explanation: Explanation) -> None:
     width = max((len(field.name) for field in explanation.fields), default=0)
     for field in explanation.fields:
         value = shorten(field.found) + ("" if field.same else f" -> {shorten(field.wanted)}")
-        click.echo(f"  {'same   ' if field.same else 'DIFFERS'}  {field.name:<{width}}  {value}")
+        click.echo(make_printable(f"  {'same   ' if field.same else 'DIFFERS'}  {field.name:<{width}}  {value}"))
     if explanation.images:
         click.echo("  images   " + ", ".join(f"{n:,} {name}" for name, n in explanation.images.items()))
     todo = f"{len(plan.missing):,} of {len(plan.listing):,} rows to compute"
@@ -277,7 +278,7 @@ def print_items(items: list[Item]) -> None:
     width = max((len(str(item.path)) for item in items), default=0)
     for item in items:
         kind = "in use" if item.held and item.kind != "cache" else item.kind
-        click.echo(f"{format_bytes(item.bytes):>10}  {kind:<9}  {item.path!s:<{width}}  {item.about}")
+        click.echo(make_printable(f"{format_bytes(item.bytes):>10}  {kind:<9}  {item.path!s:<{width}}  {item.about}"))
 
 
 def item_to_json(item: Item) -> dict[str, Any]:

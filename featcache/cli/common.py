@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from featcache.config import DEVICES, RUNTIMES, STORES, ExtractConfig
-from featcache.errors import BadImage
+from featcache.errors import BadImage, make_printable
 from featcache.progress import Progress
 
 T = TypeVar("T")
@@ -130,7 +130,7 @@ class TerminalProgress(Progress):
 
     def say(self, line: str) -> None:
         """Print a line above whatever bar is running."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(make_printable(line), file=sys.stderr)
 
     def track(self, items: Iterable[T], *, total: int, what: str, unit: str = "img") -> Iterator[T]:
         """Pass `items` through a bar with rate and remaining time."""
@@ -150,7 +150,7 @@ def print_json(value: Any) -> None:
 def list_left_out(bad: Sequence[BadImage]) -> None:
     """Name the files that were left out, on stderr."""
     for path, reason in bad:
-        click.echo(f"left out: {path}: {reason}", err=True)
+        click.echo(make_printable(f"left out: {path}: {reason}"), err=True)
 
 
 def format_bytes(n: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache import files
-from featcache.cache import open_cache
+from featcache.cache import check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig
 from featcache.dataset import describe_data
 from featcache.errors import BadImage, OutputError, RunError
@@ -157,7 +157,9 @@ def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
     finetune_run = Path(config.runs) / "finetune"
     found: Mapping[str, Any] = {}
     if Path(config.features).is_file():
-        source, found = config.features, open_cache(config.features).provenance["settings"]
+        cache = open_cache(config.features)
+        check_complete(cache, config.features)
+        source, found = config.features, cache.provenance["settings"]
     elif is_run(finetune_run):
         source, found = str(finetune_run), read_record(finetune_run).settings
     if config.force or not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ from featcache.cache import (
     RowTable,
     Source,
     can_serve,
+    check_complete,
+    check_parts,
     estimate_bytes,
     hash_extractor,
     hold_output,
+    is_feature_cache,
     keep_files,
     key_parts,
     list_differences,
@@ -56,7 +60,7 @@ from featcache.dataset import (
     list_dataset,
     summarise,
 )
-from featcache.errors import BadImage, BadImagesError, CacheError, StaleCacheError
+from featcache.errors import BadImage, BadImagesError, CacheError, OutputError, StaleCacheError
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
@@ -205,12 +209,33 @@ def extract_features(
     (244, 512)
     """
     started, memory = time.perf_counter(), PeakMemory()
-    config, output = ExtractConfig(**settings), Path(output)
-    files.check_writable(output)
+    config, output = ExtractConfig(**settings), _follow_link(Path(output))
+    try:
+        files.check_writable(output)
+    except OutputError:
+        if output.is_file() and (finished := _find_finished(data, output, config, progress, started)):
+            return finished
+        raise
+    check_parts(output)
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
         plan = plan_extraction(data, output, config, progress, keep=True)
         return _carry_out(plan, config, progress, started, memory)
+
+
+def _follow_link(output: Path) -> Path:
+    """The file itself, so that a link stays a link and both names are one place."""
+    return output.resolve() if output.is_symlink() else output
+
+
+def _find_finished(
+    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, started: float
+) -> Extraction | None:
+    """The cache in a place that cannot be written, if there is nothing to write."""
+    plan = plan_extraction(data, output, config, progress)
+    if plan.missing or config.rehash or not _is_up_to_date(plan, plan.listing, config):
+        return None
+    return _finish(plan, 0, (), started)
 
 
 def plan_extraction(
@@ -241,7 +266,7 @@ def plan_extraction(
         As `extract_features`.
     """
     check_root(Path(data))
-    old = open_cache(output) if output.exists() else None
+    old = _open_old(output, config.force)
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     extractor = backbone.describe(config.store)
@@ -249,6 +274,7 @@ def plan_extraction(
         check_same_extractor(old, output, extractor)
     others = {Path(path): open_cache(path) for path in config.reuse}
     for path, cache in others.items():
+        check_complete(cache, path)
         if not can_serve(cache.extractor, extractor):
             raise StaleCacheError(f"{path} cannot be reused: {_describe_other(cache.extractor, extractor)}")
     listing = _list_images(data, output, old, config, progress, keep)
@@ -261,7 +287,7 @@ def plan_extraction(
     missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
     return Plan(
         output=output,
-        decision=_decide(old, same, config.force, bool(missing)),
+        decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
         listing=listing,
         backbone=backbone,
         device=device,
@@ -271,6 +297,20 @@ def plan_extraction(
         parts=tuple(parts),
         missing=missing,
     )
+
+
+def _open_old(output: Path, force: bool) -> FeatureCache | None:
+    """The cache that lies at the output; none if it is one that is of no use any more and may be replaced."""
+    if not os.path.lexists(output):
+        return None
+    try:
+        old = open_cache(output)
+        check_complete(old, output)
+    except CacheError:
+        if force and is_feature_cache(output):
+            return None
+        raise
+    return old
 
 
 def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
@@ -325,7 +365,7 @@ def forecast_extraction(
     Parameters, errors as of `extract_features`.
     """
     config = ExtractConfig(**settings)
-    plan = plan_extraction(data, Path(output), config, progress)
+    plan = plan_extraction(data, _follow_link(Path(output)), config, progress)
     return plan, estimate_cost(plan, config)
 
 
@@ -378,7 +418,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
         return _finish(plan, 0, (), started)
-    with open_sources(plan.sources) as (sources, damaged):
+    with open_sources(plan.sources, STORED_TYPES[config.store]) as (sources, damaged):
         for path, split, start, stop in damaged:
             progress.say(
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"

@@ -10,7 +10,7 @@ import numpy as np
 
 from featcache import files
 from featcache.bundle import save_head
-from featcache.cache import FeatureCache, read_cache
+from featcache.cache import FeatureCache, check_complete, read_cache
 from featcache.config import RUNS_DIR, HeadConfig
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError
@@ -76,6 +76,7 @@ def train_head(
     check_replaceable(output)
     files.check_folder_writable(output.parent, output)
     cache = read_cache(features)
+    check_complete(cache, features)
     train = cache.splits["train"]
     for name, split in cache.splits.items():
         check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
