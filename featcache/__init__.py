@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from featcache.stages.download import download_dataset
     from featcache.stages.evaluate import Run
     from featcache.stages.explain import Explanation, explain_cache
-    from featcache.stages.extract import Extraction, Forecast, Plan, extract_features, forecast_extraction
+    from featcache.stages.extract import Extraction, extract_features
     from featcache.stages.finetune import finetune
+    from featcache.stages.forecast import Forecast, forecast_extraction
+    from featcache.stages.plan import Plan
     from featcache.stages.predict import Prediction, predict
     from featcache.stages.sample import make_sample
     from featcache.stages.show import show
@@ -37,9 +39,9 @@ _HOMES = {
     "Extraction": "stages.extract",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
-    "Forecast": "stages.extract",
+    "Forecast": "stages.forecast",
     "Listing": "dataset",
-    "Plan": "stages.extract",
+    "Plan": "stages.plan",
     "Prediction": "stages.predict",
     "Progress": "progress",
     "Run": "stages.evaluate",
@@ -51,7 +53,7 @@ _HOMES = {
     "explain_cache": "stages.explain",
     "extract_features": "stages.extract",
     "finetune": "stages.finetune",
-    "forecast_extraction": "stages.extract",
+    "forecast_extraction": "stages.forecast",
     "list_backbones": "backbones",
     "list_dataset": "dataset",
     "load_backbone": "backbones",

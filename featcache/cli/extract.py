@@ -72,7 +72,7 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
 
 def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:
     """`featcache extract --dry-run`."""
-    from featcache.stages.extract import forecast_extraction
+    from featcache.stages.forecast import forecast_extraction
 
     plan, forecast = forecast_extraction(data, output, progress=TerminalProgress(), **settings)
     rows = {name: len(split) for name, split in plan.listing.splits.items()}

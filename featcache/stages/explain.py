@@ -11,7 +11,7 @@ from featcache.cache import key_parts
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
-from featcache.stages.extract import Plan, plan_extraction
+from featcache.stages.plan import Plan, plan_extraction
 
 
 class Field(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from featcache import files
-from featcache.backbones import Backbone, load_backbone
 from featcache.cache import (
     STORED_TYPES,
     FeatureCache,
@@ -25,49 +22,31 @@ from featcache.cache import (
     PartWriter,
     RowTable,
     Source,
-    can_serve,
-    check_complete,
     check_parts,
-    estimate_bytes,
-    hash_extractor,
     hold_output,
-    is_feature_cache,
-    keep_files,
-    key_parts,
-    list_differences,
-    list_parts,
-    make_known_files,
     open_cache,
     open_sources,
     parts_path,
-    read_known_files,
     remove_parts,
     remove_temporary,
     stored_precision,
-    verify_cache,
     write_cache,
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import (
     STATS,
-    Digests,
-    KnownFiles,
     Listing,
     Split,
-    Stats,
-    check_root,
     list_changed,
-    list_dataset,
-    summarise,
 )
-from featcache.errors import BadImage, BadImagesError, CacheError, OutputError, StaleCacheError
+from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
-from featcache.runtime import Outputs, choose_runtime, run_network, select_device
+from featcache.runtime import Outputs, choose_runtime, run_network
+from featcache.stages.plan import Plan, plan_extraction
 
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
-PROBE_FEW, PROBE_IMAGES = 8, 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,72 +77,6 @@ class Extraction:
     def reused(self) -> int:
         """Rows that needed no forward pass."""
         return len(self.cache) - self.computed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What an extraction would do, before it does anything.
-
-    Attributes
-    ----------
-    output
-        The cache file.
-    decision
-        "create" (nothing is there), "reuse" (all rows are there), "extend" (some are), "replace" (what is there is of
-        another extractor, and `force` is set) or "refuse" (and it is not).
-    listing
-        The data set.
-    backbone, device, extractor
-        What would compute, where, and its description.
-    old
-        The cache that lies there.
-    sources
-        Caches whose rows can be taken.
-    parts
-        Finished work of an earlier extraction that can be taken.
-    missing
-        Digests of the images whose rows are nowhere, each once.
-    """
-
-    output: Path
-    decision: str
-    listing: Listing
-    backbone: Backbone
-    device: torch.device
-    extractor: dict[str, Any]
-    old: FeatureCache | None
-    sources: tuple[Path, ...]
-    parts: tuple[Part, ...]
-    missing: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """The wanted extractor's key."""
-        return hash_extractor(self.extractor)
-
-    @property
-    def differences(self) -> list[str]:
-        """What differs between the extractor of the cache that lies there and the wanted one, "name: old -> new"."""
-        return list_differences(key_parts(self.old.extractor), key_parts(self.extractor)) if self.old else []
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """What an extraction would cost.
-
-    Attributes
-    ----------
-    images_per_second
-        Measured on a few of the missing images; None if none is missing.
-    seconds
-        To compute them all.
-    bytes
-        Size of the finished file.
-    """
-
-    images_per_second: float | None
-    seconds: float
-    bytes: int
 
 
 def extract_features(
@@ -209,7 +122,7 @@ def extract_features(
     (244, 512)
     """
     started, memory = time.perf_counter(), PeakMemory()
-    config, output = ExtractConfig(**settings), _follow_link(Path(output))
+    config, output = ExtractConfig(**settings), follow_link(Path(output))
     try:
         files.check_writable(output)
     except OutputError:
@@ -223,7 +136,7 @@ def extract_features(
         return _carry_out(plan, config, progress, started, memory)
 
 
-def _follow_link(output: Path) -> Path:
+def follow_link(output: Path) -> Path:
     """The file itself, so that a link stays a link and both names are one place."""
     return output.resolve() if output.is_symlink() else output
 
@@ -236,180 +149,6 @@ def _find_finished(
     if plan.missing or config.rehash or not _is_up_to_date(plan, plan.listing, config):
         return None
     return _finish(plan, 0, (), started)
-
-
-def plan_extraction(
-    data: Path | str,
-    output: Path,
-    config: ExtractConfig,
-    progress: Progress = SILENT,
-    *,
-    keep: bool = False,
-    explain: bool = False,
-) -> Plan:
-    """See what there is and what is missing.
-
-    Parameters
-    ----------
-    data, output, config
-        As in `extract_features`.
-    progress
-        Told of the data set.
-    keep
-        Keep what is found out about the images' files, in parts beside the output.
-    explain
-        Take an output of another extractor as a decision, not as an error.
-
-    Raises
-    ------
-    FeatcacheError
-        As `extract_features`.
-    """
-    check_root(Path(data))
-    old = _open_old(output, config.force)
-    device = select_device(config.device)
-    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
-    extractor = backbone.describe(config.store)
-    if old and not explain and not config.force:
-        check_same_extractor(old, output, extractor)
-    others = {Path(path): open_cache(path) for path in config.reuse}
-    for path, cache in others.items():
-        check_complete(cache, path)
-        if not can_serve(cache.extractor, extractor):
-            raise StaleCacheError(f"{path} cannot be reused: {_describe_other(cache.extractor, extractor)}")
-    listing = _list_images(data, output, old, config, progress, keep)
-    same = old is not None and old.key == hash_extractor(extractor)
-    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
-    sources = {**({output: old} if old and usable else {}), **others}
-    parts, unreadable = list_parts(output, "rows", hash_extractor(extractor))
-    for path in unreadable:
-        progress.say(f"WARNING: {path} is damaged; its rows are computed again")
-    missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
-    return Plan(
-        output=output,
-        decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
-        listing=listing,
-        backbone=backbone,
-        device=device,
-        extractor=extractor,
-        old=old,
-        sources=tuple(sources),
-        parts=tuple(parts),
-        missing=missing,
-    )
-
-
-def _open_old(output: Path, force: bool) -> FeatureCache | None:
-    """The cache that lies at the output; none if it is one that is of no use any more and may be replaced."""
-    if not os.path.lexists(output):
-        return None
-    try:
-        old = open_cache(output)
-        check_complete(old, output)
-    except CacheError:
-        if force and is_feature_cache(output):
-            return None
-        raise
-    return old
-
-
-def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
-    """Raise a StaleCacheError if a cache was made by another extractor."""
-    if old.key != hash_extractor(extractor):
-        raise StaleCacheError(
-            f"{output} was made by another extractor ({_describe_other(old.extractor, extractor)}); write elsewhere "
-            f"with -o OTHER.h5, or replace it with --force"
-        )
-
-
-def _list_images(
-    data: Path | str, output: Path, old: FeatureCache | None, config: ExtractConfig, progress: Progress, keep: bool
-) -> Listing:
-    """The data set, files read only where nothing is known of them."""
-
-    def keep_stats(stats: Stats, digests: Digests) -> None:
-        keep_files(parts_path(output), stats, digests)
-
-    listing = list_dataset(
-        data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        progress=progress,
-        known=None if config.rehash else _find_known_files(output, old),
-        keep=keep_stats if keep else None,
-    )
-    for line in summarise(listing):
-        progress.say(line)
-    return listing
-
-
-def _find_wanted(
-    listing: Listing, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
-) -> tuple[str, ...]:
-    """Digests of the images whose rows are nowhere, each once."""
-    there = {digest for part in parts for digest in np.char.decode(part.columns["digests"], "ascii").tolist()}
-    for path, cache in sources.items():
-        digests = {name: list(split.listing.digests) for name, split in cache.splits.items()}
-        for name, start, stop in verify_cache(path).damaged if distrust else ():
-            digests[name][start:stop] = [""] * (stop - start)
-        there.update(*digests.values())
-    wanted = dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests)
-    return tuple(digest for digest in wanted if digest not in there)
-
-
-def forecast_extraction(
-    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
-) -> tuple[Plan, Forecast]:
-    """Say what `extract_features` would do, how long it would take and how large the file would be. Writes nothing.
-
-    Parameters, errors as of `extract_features`.
-    """
-    config = ExtractConfig(**settings)
-    plan = plan_extraction(data, _follow_link(Path(output)), config, progress)
-    return plan, estimate_cost(plan, config)
-
-
-def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
-    """How long and how large, from what a few of the missing images take.
-
-    A few and some more are computed, so that what is done once for all can be told from what each image takes.
-    """
-    seconds, rate = 0.0, None
-    if plan.missing:
-        some = [plan.missing[i] for i in np.unique(np.linspace(0, len(plan.missing) - 1, PROBE_IMAGES).astype(int))]
-        few = some[:: max(len(some) // PROBE_FEW, 1)][:PROBE_FEW]
-        short, long = _time_run(plan, few, config), _time_run(plan, some, config)
-        each = (long - short) / (len(some) - len(few)) if long > short and len(some) >= 2 * len(few) else 0.0
-        each = each or long / len(some)
-        seconds, rate = max(long - each * len(some), 0.0) + each * len(plan.missing), 1 / each
-    empty = {
-        name: FeatureSplit(listing=split, features=np.empty((0, plan.backbone.width)))
-        for name, split in plan.listing.splits.items()
-    }
-    cache = FeatureCache(classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={})
-    return Forecast(images_per_second=rate, seconds=seconds, bytes=estimate_bytes(cache))
-
-
-def _time_run(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> float:
-    started = time.perf_counter()
-    for _ in run_backbone(plan, digests, config):
-        pass
-    return time.perf_counter() - started
-
-
-def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:
-    known = [read_known_files(output)]
-    splits = old.listing.splits.values() if old else ()
-    known += [(split.stats, np.array(split.digests, dtype="S64")) for split in splits]
-    return make_known_files(*known)
-
-
-def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) -> str:
-    if old is None:
-        return "create"
-    if not same:
-        return "replace" if force else "refuse"
-    return "extend" if missing else "reuse"
 
 
 def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: float, memory: PeakMemory) -> Extraction:
@@ -599,10 +338,6 @@ def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], started: float
         bad=bad,
         seconds=time.perf_counter() - started,
     )
-
-
-def _describe_other(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
 
 
 def _say_kept(plan: Plan, parts: Sequence[Part], progress: Progress) -> None:

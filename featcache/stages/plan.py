@@ -1,0 +1,230 @@
+"""What an extraction would do, before it does anything: what there is, what may be used of it, what is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.backbones import Backbone, load_backbone
+from featcache.cache import (
+    FeatureCache,
+    Part,
+    can_serve,
+    check_complete,
+    hash_extractor,
+    is_feature_cache,
+    keep_files,
+    key_parts,
+    list_differences,
+    list_parts,
+    make_known_files,
+    open_cache,
+    parts_path,
+    read_known_files,
+    verify_cache,
+)
+from featcache.config import ExtractConfig
+from featcache.dataset import (
+    Digests,
+    KnownFiles,
+    Listing,
+    Stats,
+    check_root,
+    list_dataset,
+    summarise,
+)
+from featcache.errors import CacheError, StaleCacheError
+from featcache.progress import SILENT, Progress
+from featcache.runtime import select_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an extraction would do, before it does anything.
+
+    Attributes
+    ----------
+    output
+        The cache file.
+    decision
+        "create" (nothing is there), "reuse" (all rows are there), "extend" (some are), "replace" (what is there is of
+        another extractor, and `force` is set) or "refuse" (and it is not).
+    listing
+        The data set.
+    backbone, device, extractor
+        What would compute, where, and its description.
+    old
+        The cache that lies there.
+    sources
+        Caches whose rows can be taken.
+    parts
+        Finished work of an earlier extraction that can be taken.
+    missing
+        Digests of the images whose rows are nowhere, each once.
+    """
+
+    output: Path
+    decision: str
+    listing: Listing
+    backbone: Backbone
+    device: torch.device
+    extractor: dict[str, Any]
+    old: FeatureCache | None
+    sources: tuple[Path, ...]
+    parts: tuple[Part, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The wanted extractor's key."""
+        return hash_extractor(self.extractor)
+
+    @property
+    def differences(self) -> list[str]:
+        """What differs between the extractor of the cache that lies there and the wanted one, "name: old -> new"."""
+        return list_differences(key_parts(self.old.extractor), key_parts(self.extractor)) if self.old else []
+
+
+def plan_extraction(
+    data: Path | str,
+    output: Path,
+    config: ExtractConfig,
+    progress: Progress = SILENT,
+    *,
+    keep: bool = False,
+    explain: bool = False,
+) -> Plan:
+    """See what there is and what is missing.
+
+    Parameters
+    ----------
+    data, output, config
+        As in `extract_features`.
+    progress
+        Told of the data set.
+    keep
+        Keep what is found out about the images' files, in parts beside the output.
+    explain
+        Take an output of another extractor as a decision, not as an error.
+
+    Raises
+    ------
+    FeatcacheError
+        As `extract_features`.
+    """
+    check_root(Path(data))
+    old = _open_old(output, config.force)
+    device = select_device(config.device)
+    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    extractor = backbone.describe(config.store)
+    if old and not explain and not config.force:
+        check_same_extractor(old, output, extractor)
+    others = {Path(path): open_cache(path) for path in config.reuse}
+    for path, cache in others.items():
+        check_complete(cache, path)
+        if not can_serve(cache.extractor, extractor):
+            raise StaleCacheError(f"{path} cannot be reused: {describe_differences(cache.extractor, extractor)}")
+    listing = _list_images(data, output, old, config, progress, keep)
+    same = old is not None and old.key == hash_extractor(extractor)
+    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
+    sources = {**({output: old} if old and usable else {}), **others}
+    parts, unreadable = list_parts(output, "rows", hash_extractor(extractor))
+    for path in unreadable:
+        progress.say(f"WARNING: {path} is damaged; its rows are computed again")
+    missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
+    return Plan(
+        output=output,
+        decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
+        listing=listing,
+        backbone=backbone,
+        device=device,
+        extractor=extractor,
+        old=old,
+        sources=tuple(sources),
+        parts=tuple(parts),
+        missing=missing,
+    )
+
+
+def _open_old(output: Path, force: bool) -> FeatureCache | None:
+    """The cache that lies at the output; none if it is one that is of no use any more and may be replaced."""
+    if not os.path.lexists(output):
+        return None
+    try:
+        old = open_cache(output)
+        check_complete(old, output)
+    except CacheError:
+        if force and is_feature_cache(output):
+            return None
+        raise
+    return old
+
+
+def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
+    """Raise a StaleCacheError if a cache was made by another extractor."""
+    if old.key != hash_extractor(extractor):
+        raise StaleCacheError(
+            f"{output} was made by another extractor ({describe_differences(old.extractor, extractor)}); "
+            f"write elsewhere with -o OTHER.h5, or replace it with --force"
+        )
+
+
+def _list_images(
+    data: Path | str, output: Path, old: FeatureCache | None, config: ExtractConfig, progress: Progress, keep: bool
+) -> Listing:
+    """The data set, files read only where nothing is known of them."""
+
+    def keep_stats(stats: Stats, digests: Digests) -> None:
+        keep_files(parts_path(output), stats, digests)
+
+    listing = list_dataset(
+        data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        progress=progress,
+        known=None if config.rehash else _find_known_files(output, old),
+        keep=keep_stats if keep else None,
+    )
+    for line in summarise(listing):
+        progress.say(line)
+    return listing
+
+
+def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:
+    known = [read_known_files(output)]
+    splits = old.listing.splits.values() if old else ()
+    known += [(split.stats, np.array(split.digests, dtype="S64")) for split in splits]
+    return make_known_files(*known)
+
+
+def _find_wanted(
+    listing: Listing, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
+) -> tuple[str, ...]:
+    """Digests of the images whose rows are nowhere, each once."""
+    there = {digest for part in parts for digest in np.char.decode(part.columns["digests"], "ascii").tolist()}
+    for path, cache in sources.items():
+        digests = {name: list(split.listing.digests) for name, split in cache.splits.items()}
+        for name, start, stop in verify_cache(path).damaged if distrust else ():
+            digests[name][start:stop] = [""] * (stop - start)
+        there.update(*digests.values())
+    wanted = dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests)
+    return tuple(digest for digest in wanted if digest not in there)
+
+
+def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) -> str:
+    if old is None:
+        return "create"
+    if not same:
+        return "replace" if force else "refuse"
+    return "extend" if missing else "reuse"
+
+
+def describe_differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between two extractors, in a line."""
+    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
