@@ -515,13 +515,11 @@ CHANGES = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def answers(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
+def answers(tell: Callable[[str], None]) -> Iterator[dict[str, bool]]:
     """Whether each change got the right answer; said in one line at the end."""
     right: dict[str, bool] = {}
     yield right
-    line = f"mutations: {len(right)} changes, {sum(right.values())} answers right"
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        request.config.get_terminal_writer().line(f"\n{line}")
+    tell(f"mutations: {len(right)} changes, {sum(right.values())} answers right")
 
 
 @pytest.fixture
