@@ -210,14 +210,14 @@ def test_an_unexpected_error_shows_its_traceback(cli: Cli, photos: Path, monkeyp
 def test_ctrl_c_and_sigterm_keep_what_was_computed_and_the_same_command_goes_on(
     photos: Path, tmp_path: Path, number: signal.Signals, code: int, word: str
 ) -> None:
-    for i in range(150):
+    for i in range(400):
         draw_photo(COLOURS["red"], 10_000 + i, (300, 300)).save(photos / f"train/red/more_{i}.jpg")
     command = [sys.executable, "-m", "featcache", "extract", str(photos), "--weights", "none", "-o", "f.h5"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     while "to compute" not in process.stderr.readline():
         assert process.poll() is None
-    time.sleep(1.5)
+    time.sleep(1.0)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
@@ -225,7 +225,7 @@ def test_ctrl_c_and_sigterm_keep_what_was_computed_and_the_same_command_goes_on(
     assert err.strip().endswith(word)
     assert not (tmp_path / "f.h5").exists()
     again = run_program(*command[3:], "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["rows"] == 168
+    assert json.loads(again.stdout)["rows"] == 418
     assert [path.name for path in tmp_path.iterdir() if "f.h5" in path.name] == ["f.h5"]
 
 

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ def in_child(work: Callable[[], Any], *, kill_after: float | None = None) -> tup
         data = pipe.read()
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), json.loads(data) if data else None
+
+
+def run_together(works: Sequence[Callable[[], Any]]) -> list[tuple[int, Any]]:
+    """What each gives in a process of its own, all at the same time."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(in_child, work) for work in works]]
 
 
 def extract(data: Path, output: Path, disk: files.Disk | None = None, **settings: Any) -> dict[str, Any]:
@@ -186,38 +193,55 @@ def enumerate_faults(folder: Path, long: int) -> dict[str, Any]:
         raise RuntimeError(log["traceback"])  # noqa: TRY004 - the child's
     names = [name for name, _ in log]
     parts = sum(name == "replace" and "rows-" in what for name, what in log)
-    trials: dict[str, int] = {}
+    trials: list[tuple[int, str]] = []
     for at, name in enumerate(names):
-        makers: dict[str, Callable[[], WatchedDisk]] = {
-            "killed before": lambda at=at: FailingDisk(at, None, False),  # type: ignore[misc]
-            "power lost before": lambda at=at: PowerlessDisk(at),  # type: ignore[misc]
-            "ENOSPC at": lambda at=at: FailingDisk(at, errno.ENOSPC, False),  # type: ignore[misc]
-        }
-        if long:
-            makers["EIO at"] = lambda at=at: FailingDisk(at, errno.EIO, False)  # type: ignore[misc]
-            makers["EDQUOT at"] = lambda at=at: FailingDisk(at, errno.EDQUOT, False)  # type: ignore[misc]
+        trials += [(at, "killed before"), (at, "ENOSPC at")]
         if name == "write":
-            makers["killed half-way through"] = lambda at=at: FailingDisk(at, None, True)  # type: ignore[misc]
-            makers["ENOSPC half-way through"] = lambda at=at: FailingDisk(at, errno.ENOSPC, True)  # type: ignore[misc]
-        for kind, make in makers.items():
-            what = f"{kind} call {at} ({name} {log[at][1][-60:]})"
-            trials[kind] = trials.get(kind, 0) + 1
-            output = bench.fresh("trial")
-            code, done = in_child(lambda make=make, output=output: extract(bench.data, output, make()))  # type: ignore[misc]
-            if " at" in kind or "ENOSPC" in kind:
-                bench.expect(code == 0, f"{what}: the process died with {code}")
-                if done and "error" in done:
-                    bench.expect(done["kind"] == "OutputError" and "\n" not in done["error"], f"{what}: {done}")
-                    bench.expect(not files.list_temporary(output), f"{what}: a temporary file is left")
-                else:  # what fails after the end is no reason to call it a failure
-                    bench.expect(name in ("remove", "remove_folder"), f"{what}: went unnoticed, {done}")
-            else:
-                bench.expect(code == SIGKILLED, f"{what}: did not happen, {code} {done}")
-                before = sum(n == "replace" and "rows-" in w for n, w in log[:at])
-                if "power" not in kind and not output.exists():
-                    bench.expect(bench.durable_rows(output) >= min(4 * before, bench.images), f"{what}: parts are lost")
-            bench.check_resumes(output, what)
-    return {"calls": len(names), "parts": parts, "trials": trials, "wrong": bench.wrong}
+            trials += [(at, "killed half-way through"), (at, "ENOSPC half-way through")]
+        else:  # after another write a power cut finds what it found before: nothing was synced in between
+            trials += [(at, "power lost before")]
+        if long:
+            trials += [(at, "EIO at"), (at, "EDQUOT at")]
+
+    def try_share(share: int) -> list[str]:
+        for trial in trials[share::2]:
+            try_fault(bench, f"trial_{share}", log, *trial)
+        return bench.wrong
+
+    for code, wrong in run_together([lambda: try_share(0), lambda: try_share(1)]):
+        bench.wrong += wrong if isinstance(wrong, list) else [f"a worker ended with {code}: {wrong}"]
+    kinds = [kind for _, kind in trials]
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return {"calls": len(names), "parts": parts, "trials": counts, "wrong": bench.wrong}
+
+
+def make_disk(at: int, kind: str) -> WatchedDisk:
+    """A disk that does at its call `at` what `kind` says."""
+    if kind.startswith("power"):
+        return PowerlessDisk(at)
+    error = None if kind.startswith("killed") else getattr(errno, kind.split(maxsplit=1)[0])
+    return FailingDisk(at, error, torn="half-way" in kind)
+
+
+def try_fault(bench: Bench, place: str, log: list[tuple[str, str]], at: int, kind: str) -> None:
+    """One extraction with one fault, and the same command again."""
+    name, target = log[at]
+    what = f"{kind} call {at} ({name} {target[-60:]})"
+    output = bench.fresh(place)
+    code, done = in_child(lambda: extract(bench.data, output, make_disk(at, kind)))
+    if kind.startswith(("killed", "power")):
+        bench.expect(code == SIGKILLED, f"{what}: did not happen, {code} {done}")
+        before = sum(n == "replace" and "rows-" in w for n, w in log[:at])
+        if kind.startswith("killed") and not output.exists():
+            bench.expect(bench.durable_rows(output) >= min(4 * before, bench.images), f"{what}: parts are lost")
+    else:
+        bench.expect(code == 0, f"{what}: the process died with {code}")
+        if done and "error" in done:
+            bench.expect(done["kind"] == "OutputError" and "\n" not in done["error"], f"{what}: {done}")
+            bench.expect(not files.list_temporary(output), f"{what}: a temporary file is left")
+        else:  # what fails after the end is no reason to call it a failure
+            bench.expect(name in ("remove", "remove_folder"), f"{what}: went unnoticed, {done}")
+    bench.check_resumes(output, what)
 
 
 def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
@@ -269,21 +293,21 @@ def write_together(folder: Path, n: int) -> dict[str, Any]:
     counts = {"waited": 0, "computed by one": 0, "told who holds it": 0, "without a lock": 0, "rounds": n}
     for i in range(n):
         output = bench.fresh(f"wait_{i}")
-        results = _all_at_once(8, lambda output=output: extract(bench.data, output, wait=True))  # type: ignore[misc]
+        results = run_together([lambda output=output: extract(bench.data, output, wait=True)] * 8)  # type: ignore[misc]
         computed = sorted((done or {}).get("computed", -1) for _, done in results)
         bench.expect(computed == [0] * 7 + [bench.images], f"waiting: {results}")
         counts["waited"] += sum(c == 0 for c in computed)
         counts["computed by one"] += computed[-1] == bench.images
         bench.check_resumes(output, "after eight that waited")
         output = bench.fresh(f"busy_{i}")
-        results = _all_at_once(8, lambda output=output: extract(bench.data, output))  # type: ignore[misc]
+        results = run_together([lambda output=output: extract(bench.data, output)] * 8)  # type: ignore[misc]
         busy = [done for _, done in results if done and done.get("kind") == OutputBusyError.__name__]
         bench.expect(all("is being extracted by" in done["error"] for done in busy), f"busy: {busy}")
         bench.expect(all(done and ("computed" in done or done in busy) for _, done in results), f"busy: {results}")
         counts["told who holds it"] += len(busy)
         bench.check_resumes(output, "after eight that did not wait")
         output = bench.fresh(f"free_{i}")
-        results = _all_at_once(8, lambda output=output: _extract_without_lock(bench.data, output))  # type: ignore[misc]
+        results = run_together([lambda output=output: _extract_without_lock(bench.data, output)] * 8)  # type: ignore[misc]
         bench.expect(all(code == 0 and done and "traceback" not in done for code, done in results), f"free: {results}")
         counts["without a lock"] += len(results)
         if output.exists():
@@ -297,13 +321,6 @@ def _extract_without_lock(data: Path, output: Path) -> dict[str, Any]:
 
     featcache.stages.extract.hold_output = lambda *arguments, **settings: contextlib.nullcontext()  # type: ignore[assignment]
     return extract(data, output)
-
-
-def _all_at_once(n: int, work: Callable[[], Any]) -> list[tuple[int, Any]]:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(n) as pool:
-        return [future.result() for future in [pool.submit(in_child, work) for _ in range(n)]]
 
 
 def fill_disk(folder: Path, n: int) -> dict[str, Any]:
@@ -495,8 +512,9 @@ def be_nobody(folder: Path) -> dict[str, Any]:
     code, done = in_child(work)
     bench.expect(code == 0 and bool(done), f"the process ended with {code}")
     if done:
-        bench.expect(done.get("kind") == OutputError.__name__ and done["passes"] == 0, f"{done}")
-        bench.expect(done.get("new", {}).get("kind") == OutputError.__name__, f"{done}")
+        new = done.get("new", {})
+        bench.expect((done.get("computed"), done["passes"]) == (0, 0), f"nothing was to be done: {done}")
+        bench.expect((new.get("kind"), new.get("passes")) == (OutputError.__name__, 0), f"fails at once: {done}")
         bench.expect(done.get("rows read") == 3 * bench.images, f"{done}")
         bench.expect(not list_leftovers(output), f"leftovers {list_leftovers(output)}")
     return {"wrong": bench.wrong}
