@@ -113,8 +113,10 @@ class BadImagesError(FeatcacheError):
     def __init__(self, bad: Sequence[BadImage]) -> None:
         self.bad = list(bad)
         lines = "".join(f"\n  {make_printable(path)}: {make_printable(reason)}" for path, reason in self.bad)
-        n = "1 file" if len(self.bad) == 1 else f"{len(self.bad)} files"
-        super().__init__(f"{n} cannot be used as an image; mend or remove, or leave out with --skip-bad{lines}")
+        one = len(self.bad) == 1
+        n, what, them = ("1 file", "an image", "it") if one else (f"{len(self.bad)} files", "images", "them")
+        cure = f"mend or remove {them}, or leave {them} out with --skip-bad"
+        super().__init__(f"{n} cannot be used as {what}; {cure}{lines}")
 
 
 def make_printable(text: str) -> str:

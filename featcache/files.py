@@ -121,7 +121,7 @@ def check_writable(path: Path) -> None:
     try:
         descriptor = os.open(temporary_path(path), os.O_WRONLY | os.O_CREAT)
         os.close(descriptor)
-        temporary_path(path).unlink()
+        temporary_path(path).unlink(missing_ok=True)  # who holds the lock on `path` may have cleaned it up
     except OSError as error:  # the name is too long for what is appended to it
         raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name with -o") from error
 

@@ -520,7 +520,7 @@ def test_dry_run_of_what_is_all_there_computes_nothing(
     if output == "text":
         outcome = cli("extract", photos, *TINY, "--dry-run")
         assert outcome.out.splitlines()[0] == "features.h5: 18 rows, 0 to compute; nothing was written"
-        assert outcome.out.splitlines()[1].startswith("no computing, ")
+        assert outcome.out.splitlines()[1].startswith("nothing to compute; ")
     else:
         value = cli("extract", photos, *TINY, "--dry-run", "--json").json
         assert (value["decision"], value["to_compute"], value["seconds"]) == ("reuse", 0, 0)

@@ -46,6 +46,13 @@ def test_what_exists_is_reused_without_being_asked_for_by_name(
     assert "2 epochs" in comparison.arms[1]["title"]
 
 
+def test_force_still_takes_the_backbone_from_the_cache(photos: Path, tmp_path: Path, places: dict[str, str]) -> None:
+    featcache.compare(photos, tmp_path / "out", epochs=1, **TINY, **places)
+    draw_photo(COLOURS["red"], 4321).save(photos / "val/red/new.jpg")
+    comparison = featcache.compare(photos, tmp_path / "out", epochs=1, force=True, **places)
+    assert {arm["backbone"] for arm in comparison.arms} == {"tiny"}
+
+
 def test_the_precision_of_the_cache_is_taken_over(photos: Path, tmp_path: Path, places: dict[str, str]) -> None:
     featcache.extract_features(photos, places["features"], store="float16", **TINY)
     comparison = featcache.compare(photos, tmp_path / "out", epochs=1, **places)

@@ -113,6 +113,14 @@ def test_other_weights_are_refused_with_what_differs(photos: Path, tmp_path: Pat
     assert (tmp_path / "f.h5").read_bytes() == content
 
 
+def test_another_backbone_is_refused_before_its_weights_are_looked_for(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    with pytest.raises(StaleCacheError, match=r"\(backbone: tiny -> resnet18\); go on with --backbone tiny"):
+        featcache.extract_features(photos, tmp_path / "f.h5", backbone="resnet18", weights="nowhere.pth")
+
+
 def test_force_replaces_a_cache_of_another_extractor(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
     featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
     assert featcache.extract_features(photos, tmp_path / "f.h5", seed=1, force=True, **TINY).computed == 18

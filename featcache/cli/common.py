@@ -173,6 +173,8 @@ def format_duration(seconds: float) -> str:
     '1 h 7 min'
     """
     minutes = round(seconds / 60)
+    if seconds < 1:
+        return "a second"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

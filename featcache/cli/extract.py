@@ -92,8 +92,9 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
         )
         return DONE
     click.echo(f"{plan.output}: {len(plan.listing):,} rows, {len(plan.missing):,} to compute; nothing was written")
-    cost = f"no computing, {format_bytes(forecast.bytes)}"
+    size = f"the file will be about {format_bytes(forecast.bytes)}"
     if rate := forecast.images_per_second:
-        cost = f"about {format_duration(forecast.seconds)} at {rate:.0f} images/s, {format_bytes(forecast.bytes)}"
-    click.echo(cost)
+        click.echo(f"about {format_duration(forecast.seconds)} at {rate:.0f} images/s; {size}")
+    else:
+        click.echo(f"nothing to compute; {size}")
     return DONE

@@ -162,7 +162,7 @@ def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
         source, found = config.features, cache.provenance["settings"]
     elif is_run(finetune_run):
         source, found = str(finetune_run), read_record(finetune_run).settings
-    if config.force or not found:
+    if not found:
         return config
     adopted = {name: found[name] for name in names if name in found and getattr(config, name) is None}
     if adopted.get("backbone"):

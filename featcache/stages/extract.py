@@ -176,7 +176,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} parts of another extractor stay in {parts_path(plan.output)}")
     if plan.old and plan.sources and (gone := len(plan.old.listing.digests() - listing.digests())):
-        progress.say(f"{gone} rows left {plan.output}: their images are not among those of {listing.root}")
+        progress.say(f"{gone} old rows dropped from {plan.output}: their images have changed or are gone")
     if missing and (changed := list_changed(listing)):
         progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
     return _finish(plan, computed.rows, tuple(bad), started)
@@ -342,7 +342,7 @@ def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], started: float
 
 def _say_kept(plan: Plan, parts: Sequence[Part], progress: Progress) -> None:
     if rows := sum(map(len, (*plan.parts, *parts))):
-        progress.say(f"{rows} rows kept in {parts_path(plan.output)}; the same command goes on from there")
+        progress.say(f"{rows} finished rows kept in {parts_path(plan.output)}; the next try goes on from there")
 
 
 def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:

@@ -120,6 +120,12 @@ def plan_extraction(
     """
     check_root(Path(data))
     old = _open_old(output, config.force)
+    if old and not explain and not config.force and old.extractor["backbone"] != config.backbone:
+        made_with = old.extractor["backbone"]  # seen before anything is downloaded for the wrong one
+        raise StaleCacheError(
+            f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "
+            f"--backbone {made_with}, write elsewhere with -o OTHER.h5, or replace it with --force"
+        )
     device = select_device(config.device)
     backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
     extractor = backbone.describe(config.store)
@@ -169,9 +175,10 @@ def _open_old(output: Path, force: bool) -> FeatureCache | None:
 def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
     """Raise a StaleCacheError if a cache was made by another extractor."""
     if old.key != hash_extractor(extractor):
+        rounded = f", with --reuse {output} without computing," if can_serve(old.extractor, extractor) else ""
         raise StaleCacheError(
             f"{output} was made by another extractor ({describe_differences(old.extractor, extractor)}); "
-            f"write elsewhere with -o OTHER.h5, or replace it with --force"
+            f"write elsewhere with -o OTHER.h5{rounded} or replace it with --force"
         )
 
 

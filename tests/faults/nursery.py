@@ -256,9 +256,13 @@ def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
 
     (folder / "reference").mkdir()
     reference = folder / "reference/f.h5"
-    started = time.perf_counter()
-    in_child(lambda: run(arguments(reference)))
-    span = time.perf_counter() - started
+    spans = []
+    for _ in range(3):
+        reference.unlink(missing_ok=True)
+        started = time.perf_counter()
+        in_child(lambda: run(arguments(reference)))
+        spans.append(time.perf_counter() - started)
+    span = min(spans)  # other programs may have been busy
     content, key = open_cache(reference).content_sha256, hash_extractor(open_cache(reference).extractor)
     draw = random.Random(0)
     for trial in range(n):
