@@ -213,7 +213,13 @@ def test_ctrl_c_and_sigterm_keep_what_was_computed_and_the_same_command_goes_on(
     for i in range(400):
         draw_photo(COLOURS["red"], 10_000 + i, (300, 300)).save(photos / f"train/red/more_{i}.jpg")
     command = [sys.executable, "-m", "featcache", "extract", str(photos), "--weights", "none", "-o", "f.h5"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stderr is not None
     while "to compute" not in process.stderr.readline():
         assert process.poll() is None
