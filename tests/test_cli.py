@@ -218,7 +218,8 @@ def test_ctrl_c_and_sigterm_keep_what_was_computed_and_the_same_command_goes_on(
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads run here
     )
     assert process.stderr is not None
     while "to compute" not in process.stderr.readline():
