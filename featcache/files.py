@@ -95,7 +95,7 @@ def canonical_json(value: Any) -> str:
     r"""JSON with sorted keys and no spaces: equal values give equal text, fit to be hashed.
 
     >>> canonical_json({"b": 1, "a": [1.5, "ü"]})
-    '{"a":[1.5,"\\\u00fc"],"b":1}'
+    '{"a":[1.5,"\\u00fc"],"b":1}'
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 

@@ -42,7 +42,7 @@ tidying    what caches and leftovers lie in a folder, and their removal
 """
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
-from featcache.cache.key import can_serve, hash_extractor, key_parts, list_differences, shorten
+from featcache.cache.key import Field, can_serve, compare_fields, hash_extractor, key_parts, list_differences, shorten
 from featcache.cache.lock import hold_output
 from featcache.cache.parts import (
     Part,
@@ -75,6 +75,7 @@ __all__ = [
     "CacheReader",
     "FeatureCache",
     "FeatureSplit",
+    "Field",
     "GatheredRows",
     "Item",
     "Part",
@@ -86,6 +87,7 @@ __all__ = [
     "can_serve",
     "check_complete",
     "check_parts",
+    "compare_fields",
     "describe_item",
     "estimate_bytes",
     "hash_extractor",

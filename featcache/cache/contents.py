@@ -14,7 +14,6 @@ from featcache.dataset import Listing, Split
 from featcache.files import canonical_json, hash_bytes
 
 SCHEMA = 2
-SPLITS = ("train", "val", "test")
 STORED_TYPES = {"float32": "<f4", "float16": "<f2"}
 # Rows per digest of features: a damaged byte costs that many rows, not the file.
 BLOCK_ROWS = 4096

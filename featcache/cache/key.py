@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from featcache.files import canonical_json, hash_bytes
 
@@ -42,20 +42,46 @@ def can_serve(source: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return hash_extractor(rounded) == hash_extractor(wanted)
 
 
-def list_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+class Field(NamedTuple):
+    """One value that decides the features: in the file, and wanted now."""
+
+    name: str
+    found: Any
+    wanted: Any
+
+    @property
+    def same(self) -> bool:
+        """Whether it keeps no row from being used."""
+        return bool(self.found == self.wanted)
+
+
+def compare_fields(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[Field]:
+    """All values of two descriptions side by side, those in groups by their dotted names.
+
+    >>> compare_fields({"dim": 8, "p": {"crop": 16}}, {"dim": 8, "p": {"crop": 17}})
+    [Field(name='dim', found=8, wanted=8), Field(name='p.crop', found=16, wanted=17)]
+    """
+    fields = []
+    for name in [*found, *(name for name in wanted if name not in found)]:
+        one, other = found.get(name), wanted.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            fields += compare_fields(one, other, f"{prefix}{name}.")
+        else:
+            fields.append(Field(f"{prefix}{name}", one, other))
+    return fields
+
+
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Each value that differs between two descriptions, as "name: old -> new".
 
     >>> list_differences({"a": 1, "p": {"crop": 224}}, {"a": 1, "p": {"crop": 299}})
     ['p.crop: 224 -> 299']
     """
-    differences = []
-    for name in [*old, *(name for name in new if name not in old)]:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            differences += list_differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            differences.append(f"{prefix}{name}: {shorten(before)} -> {shorten(after)}")
-    return differences
+    return [
+        f"{field.name}: {shorten(field.found)} -> {shorten(field.wanted)}"
+        for field in compare_fields(old, new)
+        if not field.same
+    ]
 
 
 def shorten(value: Any) -> str:

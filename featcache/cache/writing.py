@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +67,7 @@ def write_cache(path: Path, cache: FeatureCache) -> FeatureCache:
                 _write_texts(file, cache, columns_sha256, content)
         if damage := verify_cache(new.path).damaged:
             raise CacheError(f"{path} was not written as it should be ({damage[0]}): the disk or the memory is faulty")
-    return FeatureCache(
-        classes=cache.classes,
-        extractor=cache.extractor,
-        splits=cache.splits,
-        provenance=cache.provenance,
-        content_sha256=content,
-    )
+    return replace(cache, content_sha256=content)
 
 
 def estimate_bytes(cache: FeatureCache) -> int:
@@ -133,8 +129,6 @@ def _write_features(file: h5py.File, sink: _Sink, name: str, rows: Rows, dtype: 
 
 
 def _list_columns(listing: Split) -> dict[str, NDArray[Any]]:
-    import os
-
     paths = np.array([os.fsencode(path) for path in listing.paths], dtype=np.bytes_)
     return {
         "labels": listing.labels.astype("<i8"),

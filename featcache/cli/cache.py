@@ -14,7 +14,6 @@ from featcache.cli.common import (
     TerminalProgress,
     extract_options,
     format_bytes,
-    format_duration,
     json_option,
     option,
     output_option,
@@ -79,6 +78,8 @@ def info(file: str, as_json: bool) -> None:
 
 def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
     """What a person wants to know of a cache, line by line."""
+    from featcache.report import format_seconds
+
     extractor, origin = cache.extractor, cache.provenance
     look = extractor["preprocessing"]
     weights = extractor["weights"]
@@ -91,7 +92,7 @@ def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
         ("classes", f"{len(cache.classes)}: {shown}"),
         ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),
-        ("computed", f"in {format_duration(origin['seconds'])} on {origin['device']} ({origin['runtime']})"),
+        ("computed", f"in {format_seconds(origin['seconds'])} on {origin['device']} ({origin['runtime']})"),
         ("extractor key", cache.key),
         ("content", cache.content_sha256),
     ]

@@ -164,17 +164,3 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
-
-
-def format_duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> format_duration(4000)
-    '1 h 7 min'
-    """
-    minutes = round(seconds / 60)
-    if seconds < 1:
-        return "a second"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

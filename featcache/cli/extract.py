@@ -11,7 +11,6 @@ from featcache.cli.common import (
     TerminalProgress,
     extract_options,
     format_bytes,
-    format_duration,
     json_option,
     list_left_out,
     option,
@@ -72,6 +71,7 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
 
 def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:
     """`featcache extract --dry-run`."""
+    from featcache.report import format_seconds
     from featcache.stages.forecast import forecast_extraction
 
     plan, forecast = forecast_extraction(data, output, progress=TerminalProgress(), **settings)
@@ -94,7 +94,7 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
     click.echo(f"{plan.output}: {len(plan.listing):,} rows, {len(plan.missing):,} to compute; nothing was written")
     size = f"the file will be about {format_bytes(forecast.bytes)}"
     if rate := forecast.images_per_second:
-        click.echo(f"about {format_duration(forecast.seconds)} at {rate:.0f} images/s; {size}")
+        click.echo(f"about {format_seconds(forecast.seconds)} at {rate:.0f} images/s; {size}")
     else:
         click.echo(f"nothing to compute; {size}")
     return DONE

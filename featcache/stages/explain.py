@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from featcache.cache import key_parts
+from featcache.cache import Field, compare_fields, key_parts
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
 from featcache.stages.plan import Plan, plan_extraction
-
-
-class Field(NamedTuple):
-    """One value that decides the features: in the file, and wanted now."""
-
-    name: str
-    found: Any
-    wanted: Any
-
-    @property
-    def same(self) -> bool:
-        """Whether it keeps no row from being used."""
-        return bool(self.found == self.wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +48,6 @@ def explain_cache(
         fields=compare_fields(key_parts(plan.old.extractor), key_parts(plan.extractor)),
         images=compare_images(plan.old.listing, plan.listing),
     )
-
-
-def compare_fields(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[Field]:
-    """All values of two descriptions side by side, those in groups by their dotted names.
-
-    >>> compare_fields({"dim": 8, "p": {"crop": 16}}, {"dim": 8, "p": {"crop": 17}})
-    [Field(name='dim', found=8, wanted=8), Field(name='p.crop', found=16, wanted=17)]
-    """
-    fields = []
-    for name in [*found, *(name for name in wanted if name not in found)]:
-        one, other = found.get(name), wanted.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            fields += compare_fields(one, other, f"{prefix}{name}.")
-        else:
-            fields.append(Field(f"{prefix}{name}", one, other))
-    return fields
 
 
 def compare_images(found: Listing, wanted: Listing) -> dict[str, int]:

@@ -174,7 +174,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
             provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, bool(missing))
             write_cache(plan.output, _gather(plan, listing, table, provenance))
     if left := remove_parts(plan.output, plan.key):
-        progress.say(f"{len(left)} parts of another extractor stay in {parts_path(plan.output)}")
+        progress.say(f"{len(left)} files stay in {parts_path(plan.output)}: of another extractor, or not featcache's")
     if plan.old and plan.sources and (gone := len(plan.old.listing.digests() - listing.digests())):
         progress.say(f"{gone} old rows dropped from {plan.output}: their images have changed or are gone")
     if missing and (changed := list_changed(listing)):

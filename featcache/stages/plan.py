@@ -85,11 +85,6 @@ class Plan:
         """The wanted extractor's key."""
         return hash_extractor(self.extractor)
 
-    @property
-    def differences(self) -> list[str]:
-        """What differs between the extractor of the cache that lies there and the wanted one, "name: old -> new"."""
-        return list_differences(key_parts(self.old.extractor), key_parts(self.extractor)) if self.old else []
-
 
 def plan_extraction(
     data: Path | str,
