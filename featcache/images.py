@@ -5,9 +5,10 @@ Knows no labels' meaning, no network and no cache; what decoding does is `featca
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,32 +34,54 @@ class Preprocessing:
     Attributes
     ----------
     resize
-        Length in pixels that the shorter side is resized to.
+        Length in pixels that the shorter side is resized to; (H, W) resizes to exactly that, whatever the shape.
     crop
-        Side in pixels of the square that is cut from the middle.
+        Side in pixels of the square that is cut from the middle, or its (H, W).
     interpolation
-        "bilinear" or "bicubic", antialiased.
+        One of `INTERPOLATIONS`, antialiased.
     mean, std
-        Per channel (R, G, B), of pixel values scaled to [0, 1].
+        Per channel, in the order of `channels`, of pixel values scaled to [0, 1].
     decoding
         The rules of this module, in words.
+    channels
+        "RGB", "BGR" or "L" (grey): what the network's first axis means.
+    frames
+        Of a clip, evenly spaced; 0 for pictures.
     """
 
-    resize: int
-    crop: int
+    resize: int | tuple[int, int]
+    crop: int | tuple[int, int]
     interpolation: str = "bilinear"
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     decoding: str = RULES
+    channels: str = "RGB"
+    frames: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of what the network sees."""
+        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(channels, H, W), or (channels, frames, H, W) of a clip."""
+        return (len(self.channels), *([self.frames] if self.frames else []), *self.size)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        """As plain JSON values; what only some networks need is left out where it is as usual."""
+        value = json.loads(json.dumps(asdict(self)))
+        return {name: entry for name, entry in value.items() if name not in USUAL or entry != USUAL[name]}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Preprocessing:
+    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """From what `to_json` gave."""
-        return cls(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CHANNELS = ("RGB", "BGR", "L")
+USUAL = {"channels": "RGB", "frames": 0}
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class Batch:
 
 
 def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize, crop the middle, scale, normalise: RGB image -> (3, crop, crop) float32, the same every time."""
+    """Resize, crop the middle, scale, normalise: RGB image -> (3, H, W) float32, the same every time."""
     mode = transforms.InterpolationMode(preprocessing.interpolation)
     transform: Transform = transforms.Compose(
         [
@@ -125,6 +148,10 @@ def denormalise(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any,
     mean = torch.tensor(preprocessing.mean)[:, None, None]
     std = torch.tensor(preprocessing.std)[:, None, None]
     pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    if preprocessing.channels == "BGR":
+        pictures = pictures.flip(-1)
+    elif preprocessing.channels == "L":
+        pictures = pictures.expand(-1, -1, -1, 3)
     return np.asarray(pictures.numpy(), dtype=np.float32)
 
 
@@ -252,7 +279,14 @@ def _ignore_interrupt(worker: int) -> None:
 
 
 def _to_normalised_tensor(preprocessing: Preprocessing) -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+    """RGB image -> tensor with the network's channels."""
+    order = {"RGB": [], "BGR": [_reverse_channels], "L": [transforms.Grayscale()]}[preprocessing.channels]
+    return [*order, transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+
+
+def _reverse_channels(image: Image.Image) -> Image.Image:
+    """RGB -> BGR."""
+    return Image.merge("RGB", image.split()[::-1])
 
 
 def enlarge(picture: np.ndarray[Any, np.dtype[np.uint8]], size: int) -> Image.Image:
