@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import nn
 
-from featcache.backbones import attach_classifier, load_backbone
+from featcache.backbones import Backbone, attach_classifier, attach_head, remake_backbone
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import LinearHead
@@ -87,8 +87,19 @@ def save_network(folder: Path, network: nn.Module, classes: Sequence[str], extra
     _save(folder, "network", tensors, classes, extractor)
 
 
-def load_classifier(folder: Path | str) -> Classifier:
+def load_classifier(
+    folder: Path | str, *, backbone: Backbone | None = None, progress: Progress = SILENT
+) -> Classifier:
     """Load the classifier of a run.
+
+    Parameters
+    ----------
+    folder
+        The run.
+    backbone
+        The one that the run was made with, if it was given in Python and cannot be made from its name.
+    progress
+        Told of downloads, and of the user's code that is run.
 
     Raises
     ------
@@ -99,24 +110,35 @@ def load_classifier(folder: Path | str) -> Classifier:
     """
     folder = Path(folder)
     saved, tensors = _read(folder)
-    requested = saved.weights["requested"] if saved.is_head else "none"
-    backbone = load_backbone(saved.backbone, weights=requested, seed=int(saved.weights.get("seed") or 0))
-    if saved.is_head and backbone.weights["tensors_sha256"] != saved.weights["tensors_sha256"]:
+    known = saved.extractor["weights"]
+    if known["requested"] == "given" and backbone is None:
         raise RunError(
-            f"{folder} was trained on features of {saved.backbone} with the weights {saved.weights['name']} "
-            f"({saved.weights['tensors_sha256'][:8]}...), but {requested} now gives "
+            f"{folder} was made with the network {saved.extractor['backbone']}, given in Python; give it again: "
+            f"load_classifier(folder, backbone=wrap_network(...))"
+        )
+    if backbone is None:
+        backbone = remake_backbone(saved.extractor, with_weights=saved.is_head, progress=progress)
+    if saved.is_head and backbone.weights["tensors_sha256"] != known["tensors_sha256"]:
+        raise RunError(
+            f"{folder} was trained on features of {backbone.name} with the weights {known['name']} "
+            f"({known['tensors_sha256'][:8]}...), but {known['requested']} now gives "
             f"{backbone.weights['tensors_sha256'][:8]}...; bring back the file, or train the head again"
         )
-    network = attach_classifier(backbone, backbone.make_classifier(len(saved.classes)))
-    target = network.get_submodule(backbone.classifier) if saved.is_head else network
+    n_classes = len(saved.classes)
+    if saved.is_head:
+        target: nn.Module = nn.Linear(backbone.width, n_classes)
+        network = attach_head(backbone, target)
+    else:
+        network, _ = attach_classifier(backbone, n_classes)
+        target = network
     try:
         target.load_state_dict(tensors)
     except RuntimeError as error:
         raise RunError(
-            f"{folder / MODEL_TENSORS} does not fit {saved.backbone} with {len(saved.classes)} classes; train it again"
+            f"{folder / MODEL_TENSORS} does not fit {backbone.name} with {n_classes} classes; train it again"
         ) from error
     return Classifier(
-        network=network.eval().requires_grad_(False), classes=saved.classes, preprocessing=saved.preprocessing
+        network=network.eval().requires_grad_(False), classes=saved.classes, preprocessing=backbone.preprocessing
     )
 
 
@@ -126,9 +148,7 @@ class _Saved:
 
     is_head: bool
     classes: tuple[str, ...]
-    backbone: str
-    weights: dict[str, Any]
-    preprocessing: Preprocessing
+    extractor: dict[str, Any]
 
 
 def _save(
@@ -172,12 +192,9 @@ def _read(folder: Path) -> tuple[_Saved, dict[str, torch.Tensor]]:
         raise RunError(
             f"{folder / MODEL_TENSORS} is damaged: its SHA-256 is not the one in {MODEL_JSON}; train it again"
         )
-    extractor = description["extractor"]
     saved = _Saved(
         is_head=description["holds"] == "head",
         classes=tuple(description["classes"]),
-        backbone=extractor["backbone"],
-        weights=extractor["weights"],
-        preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
+        extractor=description["extractor"],
     )
     return saved, load(data)

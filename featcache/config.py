@@ -17,6 +17,13 @@ SOLVERS = ("sklearn", "torch")
 RUNTIMES = ("auto", "eager", "fused")
 STORES = ("float32", "float16")
 BATCH_NORMS = ("auto", "train", "fixed")
+POOLS = ("avg", "max", "flatten", "cls")
+LAYOUTS = ("NCHW", "NHWC", "NF")
+CHANNELS = ("RGB", "BGR", "L")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+CHOICES = {"pool": POOLS, "layout": LAYOUTS, "channels": CHANNELS, "interpolation": INTERPOLATIONS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +31,13 @@ class Settings:
     """What all the settings below have in common."""
 
     RESULT: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that decide what comes out, as plain values."""
-        return {name: value for name, value in asdict(self).items() if name in self.RESULT}
+        """The settings that decide what comes out, as plain JSON values; optional ones only if they were stated."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        stated = {name: values[name] for name in self.OPTIONAL if values[name] not in (None, [])}
+        return {name: value for name, value in values.items() if name in self.RESULT} | stated
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
@@ -44,7 +54,27 @@ class ExtractConfig(Settings):
     backbone
         Name of the pretrained network.
     weights
-        "default", "none" (random, made from `seed`), or the path of a state dict (.pth, .safetensors).
+        "default", "none" (random, made from `seed`), one of the names that `featcache backbones` lists, a file (.pth,
+        .safetensors), or https://...#sha256=...
+    layer
+        Named layers whose outputs are the features, side by side: "NAME" or "NAME:POOL". None: what goes into the
+        classifier.
+    pool
+        How a layer's map becomes a vector: "avg", "max", "flatten" or "cls".
+    input_size
+        (H, W) in pixels; None is what belongs to the weights, here and in the next six.
+    resize
+        The shorter side is resized to this before the middle is cut out; (H, W) resizes to exactly that.
+    interpolation
+        One of `INTERPOLATIONS`.
+    channels
+        "RGB", "BGR" or "L".
+    mean, std
+        One number per channel, or one for all, of pixel values in [0, `scale`].
+    scale
+        The largest pixel value: 1 or 255.
+    layout
+        Of an ONNX network's input: "NCHW", "NHWC" or "NF" (rows of numbers).
     batch_size
         Images per forward pass; None is 4 on a CPU, whose caches overflow soon, and 64 on a GPU.
     workers
@@ -72,9 +102,33 @@ class ExtractConfig(Settings):
     """
 
     RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed", "store")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (
+        "layer",
+        "pool",
+        "input_size",
+        "resize",
+        "interpolation",
+        "channels",
+        "mean",
+        "std",
+        "scale",
+        "layout",
+    )
+
+    IMAGES: ClassVar[tuple[str, ...]] = OPTIONAL[2:]
 
     backbone: str = "resnet18"
     weights: str = "default"
+    layer: tuple[str, ...] = ()
+    pool: str | None = None
+    input_size: tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
+    interpolation: str | None = None
+    channels: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    layout: str | None = None
     batch_size: int | None = None
     workers: int | None = None
     device: str = "auto"
@@ -89,12 +143,24 @@ class ExtractConfig(Settings):
     force: bool = False
 
     def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            self._require(value is None or value in choices, name, " or ".join(choices))
+        self._require(not self.input_size or min(self.input_size) >= 1, "input_size", "1 or more pixels")
+        self._require(not self.std or 0 not in self.std, "std", "numbers other than 0")
+        self._require(self.scale is None or 0 < self.scale < math.inf, "scale", "a number above 0, such as 1 or 255")
         self._require(self.store in STORES, "store", " or ".join(STORES))
         self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
+
+
+    def network_settings(self) -> dict[str, Any]:
+        """Those that a backbone is loaded with; `images` are the fields of an `InputFormat`."""
+        images = {name: getattr(self, name) for name in self.IMAGES}
+        return {name: getattr(self, name) for name in ("weights", "seed", "layer", "pool")} | {"images": images}
 
 
 @dataclass(frozen=True, kw_only=True)

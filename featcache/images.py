@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from featcache.decoding import RULES, decode_safely
-from featcache.errors import BadImage, ImageError
+from featcache.errors import BadImage, ImageError, SettingsError
 from featcache.files import hash_bytes
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
@@ -76,12 +76,102 @@ class Preprocessing:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """From what `to_json` gave."""
-        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+        plain: dict[str, Any] = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        return cls(**plain)
 
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
-CHANNELS = ("RGB", "BGR", "L")
 USUAL = {"channels": "RGB", "frames": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFormat:
+    """What is known of the images that a network wants; None is not known.
+
+    Attributes
+    ----------
+    input_size
+        (H, W) in pixels.
+    resize
+        As in `Preprocessing`; not known is the shorter side to that of the input.
+    interpolation, channels, frames
+        As in `Preprocessing`.
+    mean, std
+        Per channel, or one for all, of pixel values in [0, scale].
+    scale
+        1 or 255, mostly.
+    layout
+        "NCHW", "NHWC", or "NF" for a network that wants rows of numbers: height by width by channel.
+    """
+
+    input_size: tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
+    interpolation: str | None = None
+    channels: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    layout: str | None = None
+    frames: int = 0
+
+    @classmethod
+    def of(cls, preprocessing: Preprocessing) -> InputFormat:
+        """Everything that a preprocessing says."""
+        return cls(
+            input_size=preprocessing.size,
+            resize=preprocessing.resize,
+            interpolation=preprocessing.interpolation,
+            channels=preprocessing.channels,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            scale=1.0,
+            frames=preprocessing.frames,
+        )
+
+    def over(self, usual: InputFormat) -> InputFormat:
+        """This where it says something, else the other; a resize that is not stated keeps its ratio to the size."""
+        merged = {name: value if value is not None else getattr(usual, name) for name, value in vars(self).items()}
+        merged["frames"] = self.frames or usual.frames
+        if self.scale is not None and self.scale != usual.scale and self.mean is None and usual.mean is not None:
+            ratio = self.scale / (usual.scale or 1.0)
+            merged["mean"] = tuple(ratio * value for value in usual.mean)
+            merged["std"] = tuple(ratio * value for value in usual.std or ())
+        if self.input_size and self.resize is None and usual.input_size and isinstance(usual.resize, int):
+            merged["resize"] = round(usual.resize * min(self.input_size) / min(usual.input_size))
+        elif self.input_size and self.resize is None:
+            merged["resize"] = None
+        return InputFormat(**merged)
+
+    def list_missing(self) -> list[str]:
+        """The options that would have to be given."""
+        wanted = {"--input-size": self.input_size, "--mean": self.mean, "--std": self.std}
+        return [option for option, value in wanted.items() if value is None]
+
+    def make_preprocessing(self) -> Preprocessing:
+        """The preprocessing, if nothing is missing.
+
+        Raises
+        ------
+        SettingsError
+            If the number of means is neither one nor that of the channels.
+        """
+        assert self.input_size is not None
+        height, width = self.input_size
+        channels = self.channels or "RGB"
+        return Preprocessing(
+            resize=self.resize or (height if height == width else self.input_size),
+            crop=height if height == width else self.input_size,
+            interpolation=self.interpolation or "bilinear",
+            mean=self._spread("mean", len(channels)),
+            std=self._spread("std", len(channels)),
+            channels=channels,
+            frames=self.frames,
+        )
+
+    def _spread(self, name: str, n: int) -> tuple[float, ...]:
+        values: tuple[float, ...] = getattr(self, name)
+        if len(values) not in (1, n):
+            raise SettingsError(f"--{name} has {len(values)} numbers: expected {n}, one per channel, or one for all")
+        return tuple(value / (self.scale or 1.0) for value in (values * n if len(values) == 1 else values))
 
 
 @dataclass(frozen=True)

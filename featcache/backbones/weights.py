@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,8 +40,21 @@ def read_weights(path: Path) -> WeightsFile:
     return WeightsFile(tensors, path.name, hash_file(path))
 
 
-def fit_weights(network: nn.Module, tensors: StateDict, *, classifier: str, where: str) -> None:
+def fit_weights(network: nn.Module, tensors: StateDict, *, where: str, replaced: str = "", ignored: Sequence[str] = ()) -> None:
     """Put tensors into a network, its classifier aside: that one may be there, missing, or of another size.
+
+    Parameters
+    ----------
+    network
+        Gets them.
+    tensors
+        By the network's names.
+    where
+        What the user calls them.
+    replaced
+        Dotted name of the classifier, if there is one.
+    ignored
+        Names of modules that a file may hold and the network has no use for.
 
     Raises
     ------
@@ -49,10 +62,11 @@ def fit_weights(network: nn.Module, tensors: StateDict, *, classifier: str, wher
         Naming the first tensor that is missing, unexpected, or of the wrong shape.
     """
     wanted = network.state_dict()
-    prefix = classifier + "."
-    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+    prefixes = tuple(f"{name}." for name in (replaced, *ignored) if name)
+    given = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    kept = {name: tensor for name, tensor in wanted.items() if name.startswith(prefixes)}
     for name, tensor in wanted.items():
-        if name.startswith(prefix):
+        if name in kept:
             continue
         if name not in given:
             if name.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack it, and nothing uses it
@@ -72,7 +86,6 @@ def fit_weights(network: nn.Module, tensors: StateDict, *, classifier: str, wher
             f"weights from {where} do not fit: tensor {extra[0]} {tuple(given[extra[0]].shape)} has no place in the "
             f"network; are they of another one?"
         )
-    kept = {name: tensor for name, tensor in wanted.items() if name.startswith(prefix)}
     network.load_state_dict({**given, **kept})
 
 

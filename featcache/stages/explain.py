@@ -10,7 +10,7 @@ from featcache.cache import Field, compare_fields, key_parts
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
-from featcache.stages.plan import Plan, plan_extraction
+from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ def explain_cache(
 
     Parameters, errors as of `extract_features`; but a cache of another extractor is explained, not refused.
     """
-    plan = plan_extraction(data, Path(output), ExtractConfig(**settings), progress, explain=True)
+    settings, given = take_backbone(settings)
+    plan = plan_extraction(data, Path(output), ExtractConfig(**settings), progress, explain=True, given=given)
     if plan.old is None:
         return Explanation(plan=plan, fields=[], images={})
     return Explanation(

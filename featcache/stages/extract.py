@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import files
+from featcache.backbones import Backbone
 from featcache.cache import (
     STORED_TYPES,
     FeatureCache,
@@ -44,7 +45,7 @@ from featcache.images import ImageRows, make_evaluation_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
 from featcache.runtime import Outputs, choose_runtime, run_network
-from featcache.stages.plan import Plan, plan_extraction
+from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
 
@@ -96,7 +97,7 @@ def extract_features(
     progress
         Told what is being done.
     settings
-        Fields of `featcache.config.ExtractConfig`.
+        Fields of `featcache.config.ExtractConfig`; `backbone` may also be a `Backbone`, see `wrap_network`.
 
     Returns
     -------
@@ -122,17 +123,18 @@ def extract_features(
     (244, 512)
     """
     started, memory = time.perf_counter(), PeakMemory()
+    settings, given = take_backbone(settings)
     config, output = ExtractConfig(**settings), follow_link(Path(output))
     try:
         files.check_writable(output)
     except OutputError:
-        if output.is_file() and (finished := _find_finished(data, output, config, progress, started)):
+        if output.is_file() and (finished := _find_finished(data, output, config, progress, started, given)):
             return finished
         raise
     check_parts(output)
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
-        plan = plan_extraction(data, output, config, progress, keep=True)
+        plan = plan_extraction(data, output, config, progress, keep=True, given=given)
         return _carry_out(plan, config, progress, started, memory)
 
 
@@ -142,10 +144,10 @@ def follow_link(output: Path) -> Path:
 
 
 def _find_finished(
-    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, started: float
+    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, started: float, given: Backbone | None
 ) -> Extraction | None:
     """The cache in a place that cannot be written, if there is nothing to write."""
-    plan = plan_extraction(data, output, config, progress)
+    plan = plan_extraction(data, output, config, progress, given=given)
     if plan.missing or config.rehash or not _is_up_to_date(plan, plan.listing, config):
         return None
     return _finish(plan, 0, (), started)

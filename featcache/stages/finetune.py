@@ -41,6 +41,7 @@ from featcache.runs import (
     write_record,
 )
 from featcache.runtime import keep_freed_memory, run_network, select_device
+from featcache.stages.plan import take_backbone
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
 from featcache.training import (
     Epoch,
@@ -138,13 +139,14 @@ def finetune(
     0.8823529411764706
     """
     started, memory = time.perf_counter(), PeakMemory()
+    settings, given = take_backbone(settings)
     config, output = FinetuneConfig(**settings), Path(output)
     files.check_folder_writable(output.parent, output)
     listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
     for line in summarise(listing):
         progress.say(line)
     device = select_device(config.device)
-    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    backbone = given or load_backbone(config.backbone, weights=config.weights, seed=config.seed, progress=progress)
     listing, bad = leave_out_bad(listing, config, progress)
     extractor = backbone.describe()
     identity = identify("finetune", config.result_settings(), describe_data(listing), extractor)
@@ -214,9 +216,9 @@ def prepare_network(listing: Listing, backbone: Backbone, config: FinetuneConfig
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    network = attach_classifier(backbone, backbone.make_classifier(len(listing.classes)))
+    network, classifier = attach_classifier(backbone, len(listing.classes))
     network.requires_grad_(not config.freeze)
-    network.get_submodule(backbone.classifier).requires_grad_(True)
+    network.get_submodule(classifier).requires_grad_(True)
     return Trainee(network=network.to(device), backbone=backbone, listing=listing, device=device, config=config)
 
 

@@ -18,7 +18,7 @@ from featcache.cache import (
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
 from featcache.stages.extract import follow_link, run_backbone
-from featcache.stages.plan import Plan, plan_extraction
+from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 PROBE_FEW, PROBE_IMAGES = 8, 48
 
@@ -49,8 +49,9 @@ def forecast_extraction(
 
     Parameters, errors as of `extract_features`.
     """
+    settings, given = take_backbone(settings)
     config = ExtractConfig(**settings)
-    plan = plan_extraction(data, follow_link(Path(output)), config, progress)
+    plan = plan_extraction(data, follow_link(Path(output)), config, progress, given=given)
     return plan, estimate_cost(plan, config)
 
 

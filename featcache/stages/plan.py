@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from featcache.dataset import (
     list_dataset,
     summarise,
 )
-from featcache.errors import CacheError, StaleCacheError
+from featcache.errors import CacheError, SettingsError, StaleCacheError
+from featcache.images import InputFormat
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
 
@@ -94,6 +95,7 @@ def plan_extraction(
     *,
     keep: bool = False,
     explain: bool = False,
+    given: Backbone | None = None,
 ) -> Plan:
     """See what there is and what is missing.
 
@@ -107,6 +109,8 @@ def plan_extraction(
         Keep what is found out about the images' files, in parts beside the output.
     explain
         Take an output of another extractor as a decision, not as an error.
+    given
+        The backbone, where it is not to be made from its name.
 
     Raises
     ------
@@ -122,7 +126,7 @@ def plan_extraction(
             f"--backbone {made_with}, write elsewhere with -o OTHER.h5, or replace it with --force"
         )
     device = select_device(config.device)
-    backbone = load_backbone(config.backbone, weights=config.weights, seed=config.seed)
+    backbone = given or provide_backbone(config, progress)
     extractor = backbone.describe(config.store)
     if old and not explain and not config.force:
         check_same_extractor(old, output, extractor)
@@ -151,6 +155,30 @@ def plan_extraction(
         parts=tuple(parts),
         missing=missing,
     )
+
+
+def provide_backbone(config: ExtractConfig, progress: Progress) -> Backbone:
+    """The backbone that the settings name."""
+    settings = config.network_settings()
+    images = InputFormat(**settings.pop("images"))
+    return load_backbone(config.backbone, images=images, progress=progress, **settings)
+
+
+def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone | None]:
+    """Settings whose `backbone` is a name, and the backbone itself if that was given in place of one.
+
+    Raises
+    ------
+    SettingsError
+        If settings are stated that belong to the making of the backbone.
+    """
+    given = settings.get("backbone")
+    if not isinstance(given, Backbone):
+        return dict(settings), None
+    making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings]
+    if making:
+        raise SettingsError(f"{making[0]} is stated and so is a backbone that is made already; state it in wrap_network")
+    return {**settings, "backbone": given.name, "weights": "given"}, given
 
 
 def _open_old(output: Path, force: bool) -> FeatureCache | None:

@@ -1,0 +1,158 @@
+"""Backbones from timm, "timm:NAME" or "timm:NAME.TAG": its networks, its weights from the hub, its preprocessing.
+
+Source: https://huggingface.co/docs/timm. Needs the extra featcache[timm].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from featcache.backbones.base import WeightsEntry, WeightsFile
+from featcache.errors import BackboneError, MissingExtraError, WeightsUnavailableError
+from featcache.files import hash_file
+from featcache.images import InputFormat
+from featcache.progress import Progress
+
+PIP_LINE = "pip install 'featcache[timm]'"
+PUBLISHED_LICENCES = {None: "not stated", "unknown": "not stated"}
+
+
+def import_timm() -> ModuleType:
+    """The package.
+
+    Raises
+    ------
+    MissingExtraError
+        If it is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtraError(f"backbones timm:NAME need an optional package: {PIP_LINE}") from error
+    module: ModuleType = timm
+    return module
+
+
+def list_names() -> list[str]:
+    """Names of all networks, without tags."""
+    return list(import_timm().list_models())
+
+
+def has_name(name: str) -> bool:
+    """Whether there is such a network, with or without a tag."""
+    return bool(import_timm().is_model(name))
+
+
+def list_weights(name: str) -> list[WeightsEntry]:
+    """The tags of a network, or the one that its name has, the default one first."""
+    timm = import_timm()
+    network, _, tag = name.partition(".")
+    known = timm.models.get_arch_pretrained_cfgs(network) if hasattr(timm.models, "get_arch_pretrained_cfgs") else {}
+    names = [tag] if tag else list(known or {})
+    entries = []
+    for one in names:
+        config = timm.models.get_pretrained_cfg(f"{network}.{one}" if one else network)
+        if config is None or not config.has_weights:
+            continue
+        entries.append(
+            WeightsEntry(
+                name=one or "default",
+                licence=PUBLISHED_LICENCES.get(config.license, config.license),
+                is_here=_find_cached(config) is not None,
+            )
+        )
+    return entries
+
+
+def list_options(name: str, entry: str | None) -> dict[str, Any]:
+    """None: timm's builder needs the name alone."""
+    del name, entry
+    return {}
+
+
+def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """The network with its classifier; without it where the classifier is more than one layer at the end."""
+    timm = import_timm()
+    network: nn.Module = timm.create_model(name, pretrained=False, **options)
+    if not isinstance(network.default_cfg.get("classifier"), str):
+        network.reset_classifier(0)
+    return network
+
+
+def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFormat:
+    """What timm's own evaluation transform does for these weights.
+
+    Raises
+    ------
+    BackboneError
+        If it does what `Preprocessing` cannot say.
+    """
+    del network
+    timm, config = import_timm(), _find_config(name, entry)
+    data = timm.data.resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
+    mode, (channels, height, width) = data["crop_mode"], data["input_size"]
+    scaled = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
+    if mode not in ("center", "squash") or (mode == "center" and scaled[0] != scaled[1]):
+        raise BackboneError(f"timm:{name} wants its images {mode} at {height} x {width}, which featcache cannot do")
+    return InputFormat(
+        input_size=(height, width),
+        resize=scaled[0] if mode == "center" else scaled,
+        interpolation=data["interpolation"],
+        channels={1: "L", 3: "RGB"}[channels],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        scale=1.0,
+    )
+
+
+def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
+    """The weights of a tag, as timm loads and verifies them, from its cache or the hub.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        If they cannot be had.
+    """
+    timm, tagged = import_timm(), _tag(name, entry)
+    progress.say(f"weights of timm:{tagged}, from timm's cache or the hub")
+    try:
+        network = timm.create_model(tagged, pretrained=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsUnavailableError(
+            f"the weights of timm:{tagged} cannot be had ({reason}); name a file with --weights PATH, or --weights none "
+            f"is random"
+        ) from error
+    if not isinstance(network.default_cfg.get("classifier"), str):
+        network.reset_classifier(0)
+    path = _find_cached(_find_config(name, entry))
+    return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
+
+
+def _tag(name: str, entry: str | None) -> str:
+    return name if "." in name or entry in (None, "default") else f"{name}.{entry}"
+
+
+def _find_config(name: str, entry: str | None) -> Any:
+    return import_timm().models.get_pretrained_cfg(_tag(name, entry))
+
+
+def _find_cached(config: Any) -> Path | None:
+    """Where the weights lie on this machine, if they do."""
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    if config.hf_hub_id:
+        for file in ("model.safetensors", "pytorch_model.bin", config.hf_hub_filename):
+            if file and isinstance(path := try_to_load_from_cache(config.hf_hub_id, file), str):
+                return Path(path)
+    if config.url:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]
+        return path if path.is_file() else None
+    return None
