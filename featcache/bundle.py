@@ -87,9 +87,7 @@ def save_network(folder: Path, network: nn.Module, classes: Sequence[str], extra
     _save(folder, "network", tensors, classes, extractor)
 
 
-def load_classifier(
-    folder: Path | str, *, backbone: Backbone | None = None, progress: Progress = SILENT
-) -> Classifier:
+def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, progress: Progress = SILENT) -> Classifier:
     """Load the classifier of a run.
 
     Parameters

@@ -156,7 +156,6 @@ class ExtractConfig(Settings):
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
 
-
     def network_settings(self) -> dict[str, Any]:
         """Those that a backbone is loaded with; `images` are the fields of an `InputFormat`."""
         images = {name: getattr(self, name) for name in self.IMAGES}

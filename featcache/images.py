@@ -9,7 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from featcache.config import CHOICES
 from featcache.decoding import RULES, decode_safely
 from featcache.errors import BadImage, ImageError, SettingsError
 from featcache.files import hash_bytes
@@ -76,11 +77,18 @@ class Preprocessing:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """From what `to_json` gave."""
-        plain: dict[str, Any] = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        plain: dict[str, Any] = {
+            name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()
+        }
         return cls(**plain)
 
 
 USUAL = {"channels": "RGB", "frames": 0}
+
+
+def freeze_list(value: Any) -> Any:
+    """A JSON list as a tuple, anything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +122,37 @@ class InputFormat:
     frames: int = 0
 
     @classmethod
-    def of(cls, preprocessing: Preprocessing) -> InputFormat:
-        """Everything that a preprocessing says."""
-        return cls(
-            input_size=preprocessing.size,
-            resize=preprocessing.resize,
-            interpolation=preprocessing.interpolation,
-            channels=preprocessing.channels,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
-            scale=1.0,
-            frames=preprocessing.frames,
-        )
+    def from_json(cls, value: Any) -> InputFormat:
+        """From plain JSON values with the names of the fields; one number stands for a square, or for all channels.
+
+        Raises
+        ------
+        SettingsError
+            If it is something else.
+        """
+        known = [one.name for one in fields(cls)]
+        if not isinstance(value, Mapping) or not set(value) <= set(known):
+            strange = sorted(set(value) - set(known)) if isinstance(value, Mapping) else type(value).__name__
+            raise SettingsError(f"{strange} describes no images: expected an object with {', '.join(known)}")
+        plain = {name: freeze_list(entry) for name, entry in value.items() if entry is not None}
+        if isinstance(plain.get("input_size"), int):
+            plain["input_size"] = (plain["input_size"],) * 2
+        for name in ("mean", "std"):
+            if isinstance(plain.get(name), int | float):
+                plain[name] = (plain[name],)
+        for name, choices in CHOICES.items():
+            if name in plain and plain[name] not in choices:
+                raise SettingsError(f"{name} is {plain[name]!r}: expected {' or '.join(choices)}")
+        for name in ("input_size", "mean", "std"):
+            numbers = plain.get(name, (1, 1))
+            if not isinstance(numbers, tuple) or not all(isinstance(number, int | float) for number in numbers):
+                raise SettingsError(f"{name} is {numbers!r}: expected numbers")
+        if len(plain.get("input_size", (1, 1))) != 2:
+            raise SettingsError(f"input_size is {plain['input_size']}: expected height and width")
+        return cls(**plain)
 
     def over(self, usual: InputFormat) -> InputFormat:
-        """This where it says something, else the other; a resize that is not stated keeps its ratio to the size."""
+        """What is said here, else what is usual; a resize that is not stated keeps its ratio to the size."""
         merged = {name: value if value is not None else getattr(usual, name) for name, value in vars(self).items()}
         merged["frames"] = self.frames or usual.frames
         if self.scale is not None and self.scale != usual.scale and self.mean is None and usual.mean is not None:

@@ -22,22 +22,39 @@ class Progress:
     def say(self, line: str) -> None:
         """Receive one finished line: a decision that was taken, an epoch that ended."""
 
-    def track(self, items: Iterable[T], *, total: int, what: str, unit: str = "img") -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
+    ) -> Iterator[T]:
         """Pass `items` through while counting them.
 
         Parameters
         ----------
         items
-            Whatever is worked through. A sized item (a batch) counts as its length, any other as one.
+            Whatever is worked through. A sized item (a batch, bytes) counts as its length, any other as one.
         total
-            Number of units in all.
+            Number of units in all; None if nobody knows.
         what
             What is being done, for the left end of a bar.
         unit
-            What is counted.
+            What is counted; "B" are bytes.
+        done
+            Units that were there before.
         """
-        del total, what, unit
+        del total, what, unit, done
         yield from items
 
 
 SILENT = Progress()
+
+
+def format_bytes(n: float) -> str:
+    """A size for people.
+
+    >>> format_bytes(2_096_000)
+    '2.1 MB'
+    """
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"

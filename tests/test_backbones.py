@@ -315,10 +315,6 @@ def test_a_path_that_is_not_there_is_named(tiny: type[TinyFamily], tmp_path: Pat
             load_backbone("tiny", weights=str(path))
 
 
-def write_nested(path: Path) -> None:
-    torch.save({"state_dict": tiny_state(), "epoch": 3}, path)
-
-
 def write_whole_network(path: Path) -> None:
     torch.save(TinyNetwork(), path)
 
@@ -345,7 +341,6 @@ UNREADABLE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "one tensor": ("w.pth", lambda path: torch.save(torch.ones(3), path)),
     "empty dict": ("w.pth", lambda path: torch.save({}, path)),
     "numbers": ("w.pth", lambda path: torch.save({"conv.weight": 3}, path)),
-    "nested": ("w.pth", write_nested),
     "whole network": ("w.pth", write_whole_network),
     "cut": ("w.pth", cut_pth),
     "cut, old format": ("w.pth", cut_old_pth),
@@ -369,12 +364,6 @@ def test_what_is_not_a_state_dict_is_refused_in_one_line(
         load_backbone("tiny", weights=str(tmp_path / name))
     assert str(caught.value).startswith(f"cannot read weights from {tmp_path / name}: ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_nested_checkpoint_is_refused_by_the_name_of_its_entry(tmp_path: Path) -> None:
-    write_nested(tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"entry 'state_dict' is (dict|OrderedDict), not a tensor"):
-        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("write", [write_pth, write_old_pth])
@@ -507,7 +496,7 @@ def test_unreachable_default_weights_name_three_cures(set_url: Callable[[str], P
     with pytest.raises(WeightsUnavailableError) as caught:
         load_backbone("resnet18")
     message = str(caught.value)
-    assert f"{url} cannot be downloaded to {place}" in message
+    assert f"cannot download {url} to {place}: Connection refused" in message
     for cure in ("by hand", "--weights PATH", "pip install 'featcache[offline]'"):
         assert cure in message
     assert "\n" not in message
@@ -545,7 +534,9 @@ def test_a_download_says_nothing_on_stdout(
 
 def test_a_damaged_download_is_refused_and_leaves_nothing(site: Site, set_url: Callable[[str], Path]) -> None:
     place = set_url(publish(site, {"a": torch.ones(3)}, digits="0badf00d"))
-    with pytest.raises(WeightsUnavailableError, match=r"is damaged: invalid hash value \(expected \"0badf00d\""):
+    with pytest.raises(
+        WeightsUnavailableError, match=r"SHA-256 \w{8}\.\.\., expected 0badf00d\.\.\.; nothing was kept"
+    ):
         torchvision_family.read_default_weights("resnet18")
     assert list(place.parent.iterdir()) == []
 

@@ -21,12 +21,13 @@ LEAVES = {"errors", "config", "files", "progress"}
 NOUNS: dict[str, set[str]] = {
     "dataset": set(),
     "decoding": set(),
+    "fetching": set(),
     "images": {"decoding"},  # an image from a file's bytes
     "metrics": set(),
     "training": set(),
     "plots": set(),
     "runs": set(),
-    "backbones": {"images"},  # Preprocessing: part of the weights
+    "backbones": {"fetching", "images"},  # weights from the net; Preprocessing, which is part of the weights
     "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
     "heads": {"metrics"},  # probabilities from logits
     "cache": {"dataset"},  # Split and Listing: which image a row is
@@ -42,8 +43,8 @@ OWNERS = {
     "matplotlib": {"plots"},
     "click": {"cli"},
     "tqdm": {"cli"},
-    "pooch": {"stages"},
-    "requests": {"stages"},
+    "requests": {"fetching"},
+    "urllib3": {"fetching"},  # the errors of requests' own connections
     "scipy": {"heads", "metrics"},
     "safetensors": {"backbones", "bundle"},
 }

@@ -36,7 +36,7 @@ from featcache.backbones.structure import (
     forward_shape,
     set_submodule,
 )
-from featcache.backbones.weights import fetch_weights, fit_weights, is_url, read_weights
+from featcache.backbones.weights import fetch_weights, fit_weights, is_url, read_weights, strip_prefixes
 from featcache.errors import BackboneError, SettingsError, WeightsError
 from featcache.images import InputFormat, Preprocessing
 from featcache.progress import SILENT, Progress
@@ -179,8 +179,8 @@ def freeze_network(
     """
     tensors = dict(file.tensors) if file else {}
     if trunk:
+        tensors = take_trunk(strip_prefixes(tensors, network.state_dict()), trunk)
         network = network.get_submodule(trunk)
-        tensors = take_trunk(tensors, trunk)
     network.eval().requires_grad_(False)  # NOTE: eval() before features, or BatchNorm drifts
     shape = preprocessing.input_shape
     classifier = None if trunk or is_foreign(network) else find_classifier(network, shape, where=name)
@@ -287,7 +287,9 @@ class AsMaps(nn.Module):
 def take_trunk(tensors: Mapping[str, Tensor], trunk: str) -> dict[str, Tensor]:
     """The tensors of the trunk by its own names; all of them if they are those of a trunk already."""
     prefix = trunk + "."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} or dict(tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} or dict(
+        tensors
+    )
 
 
 def is_foreign(network: nn.Module) -> bool:
@@ -321,7 +323,11 @@ def make_preprocessing(name: str, images: InputFormat | None, suggested: InputFo
     """
     merged = (images or InputFormat()).over(suggested)
     if missing := merged.list_missing():
-        beside = f", or put them into {Path(name.partition(':')[2]).with_suffix('.json')}" if name.startswith("onnx:") else ""
+        beside = (
+            f", or put them into {Path(name.partition(':')[2]).with_suffix('.json')}"
+            if name.startswith("onnx:")
+            else ""
+        )
         raise BackboneError(
             f"{name} does not say what its images must look like: give {' and '.join(missing)} (--mean 0 --std 1 for "
             f"plain pixels in [0, 1]; --scale 255 if they go to 255){beside}"
@@ -415,7 +421,9 @@ def remake_backbone(
         preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
         options=options,
         trunk=find_trunk(family, plain, network),
-        layer=[f"{pick['name']}:{pick['pool']}" if pick["pool"] else pick["name"] for pick in extractor.get("layers", ())],
+        layer=[
+            f"{pick['name']}:{pick['pool']}" if pick["pool"] else pick["name"] for pick in extractor.get("layers", ())
+        ],
         pool=find_pool(extractor),
         obstacle=onnx.OBSTACLE if family is onnx else "",
     )
@@ -509,7 +517,7 @@ def find_family(name: str) -> tuple[Family, str]:
 def _say_unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown backbone {name!r}: {hint}`featcache backbones` lists them; or timm:NAME, onnx:FILE, module:FUNCTION"
+    return f"unknown backbone {name!r}: {hint}`featcache backbones` lists them; also timm:NAME, onnx:FILE, module:FUNC"
 
 
 def attach_classifier(backbone: Backbone, n_classes: int) -> tuple[nn.Module, str]:
@@ -531,7 +539,7 @@ def attach_classifier(backbone: Backbone, n_classes: int) -> tuple[nn.Module, st
     return backbone.network, backbone.classifier
 
 
-def attach_head(backbone: Backbone, head: nn.Linear) -> nn.Module:
+def attach_head(backbone: Backbone, head: nn.Module) -> nn.Module:
     """A linear head (n_classes, width) on the features, (B, 3, H, W) -> (B, n_classes)."""
     return nn.Sequential(OrderedDict(features=backbone.network, head=head))
 

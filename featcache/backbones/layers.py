@@ -76,6 +76,7 @@ class LayerFeatures(nn.Module):
         self.source, self.picks = source, tuple(picks)
 
     def forward(self, images: Tensor) -> Tensor:
+        """All columns, (B, D)."""
         outputs = self.source(images)
         return torch.cat([pool_output(outputs[pick.name], pick) for pick in self.picks], dim=1)
 
@@ -156,13 +157,13 @@ def measure_pick(name: str, pool: str | None, output: Any, shape: tuple[int, ...
         return Pick(name=name, pool="", width=inner[0])
     if pool is None:
         raise BackboneError(
-            f"layer {name} of {where} gives {format_shape(inner)} numbers per image, not a vector; say how to pool them: "
-            f"--layer {name}:avg, or {', '.join(POOLS[1:])}"
+            f"layer {name} of {where} gives {format_shape(inner)} numbers per image, not a vector; say how to pool "
+            f"them: --layer {name}:avg, or {', '.join(POOLS[1:])}"
         )
     if pool == "cls" and len(inner) != 2:
         raise BackboneError(
-            f"layer {name} of {where} has no tokens but a map of {format_shape(inner)}; --pool cls is for transformers, "
-            f"expected avg, max or flatten"
+            f"layer {name} of {where} has no tokens but a map of {format_shape(inner)}; --pool cls is for "
+            f"transformers, expected avg, max or flatten"
         )
     axis = find_channels(inner, shape) + 1
     width = output.flatten(1).shape[1] if pool == "flatten" else inner[axis - 1]
@@ -173,10 +174,10 @@ def find_channels(inner: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """Which axis of a layer's output holds the channels: the one beside those that look like the image.
 
     Tokens (T, D) have them last. Of a map, two neighbouring axes have the image's aspect ratio; channels are first
-    (C, H, W) or last (H, W, C), of clips (C, T, H, W) or (T, H, W, C). If all are alike they are first, as torch has it.
+    (C, H, W) or last (H, W, C), of clips (C, T, H, W) or (T, H, W, C). If all are alike they are first, torch's way.
 
-    >>> find_channels((512, 7, 7), (3, 224, 224)), find_channels((7, 7, 768), (3, 224, 224)), find_channels((197, 768), (3, 224, 224))
-    (0, 2, 1)
+    >>> [find_channels(inner, (3, 224, 224)) for inner in ((512, 7, 7), (7, 7, 768), (197, 768))]
+    [0, 2, 1]
     """
     if len(inner) < 3:
         return len(inner) - 1
@@ -273,6 +274,7 @@ class WatchedModules(nn.Module):
             network.get_submodule(name).register_forward_hook(_Note(name))
 
     def forward(self, images: Tensor) -> dict[str, Any]:
+        """The named modules' outputs."""
         _SEEN.outputs = {}
         self.network(images)
         if missing := [name for name in self.names if name not in _SEEN.outputs]:

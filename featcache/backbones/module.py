@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, SettingsError
 from featcache.images import InputFormat
 from featcache.progress import Progress
 
@@ -75,7 +75,9 @@ def import_function(name: str) -> Any:
     """
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
-        raise BackboneError(f"module:{name} is no function: expected module:PACKAGE.FUNCTION, such as module:nets.small")
+        raise BackboneError(
+            f"module:{name} is no function: expected module:PACKAGE.FUNCTION, such as module:nets.small"
+        )
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - as sys.path has it
         sys.path.insert(0, here)
     try:
@@ -102,11 +104,10 @@ def read_attribute(network: nn.Module, where: str) -> InputFormat:
     BackboneError
         If the attribute is not such a dictionary.
     """
-    value = getattr(network, "preprocessing", {})
     try:
-        return InputFormat(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
-    except (TypeError, AttributeError) as error:
-        raise BackboneError(f"the attribute preprocessing of {where} is no dictionary of an input format: {error}") from error
+        return InputFormat.from_json(getattr(network, "preprocessing", {}))
+    except SettingsError as error:
+        raise BackboneError(f"the attribute preprocessing of {where}: {error}") from error
 
 
 def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
@@ -124,7 +125,8 @@ def hash_code(network: nn.Module) -> str:
     files = {
         inspect.getsourcefile(kind)
         for kind in map(type, network.modules())
-        if kind.__module__.partition(".")[0] not in LIBRARIES and kind.__module__ in sys.modules
+        if kind.__module__.partition(".")[0] not in LIBRARIES
+        and kind.__module__ in sys.modules
         and getattr(sys.modules[kind.__module__], "__file__", None)
     }
     for data in sorted(Path(file).read_bytes() for file in files if file and Path(file).is_file()):

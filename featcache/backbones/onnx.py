@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.backbones.layers import OutputsByName
-from featcache.config import CHOICES, LAYOUTS
+from featcache.config import LAYOUTS
 from featcache.errors import BackboneError, MissingExtraError
 from featcache.files import canonical_json, hash_bytes, hash_file
 from featcache.images import InputFormat
@@ -43,7 +42,12 @@ class ModelInput(NamedTuple):
     shape: tuple[int, ...]
 
 
-TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+}
 
 
 def import_runtime() -> ModuleType:
@@ -187,7 +191,7 @@ def find_layout(given: ModelInput, path: Path) -> str:
 
 def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFormat:
     """What the file beside the network says, and of the rest what the network's input says."""
-    del entry
+    del name, entry
     assert isinstance(network, OnnxNetwork)
     path, given, layout = network.path, network.given, network.layout
     beside = read_format(path.with_suffix(".json"))
@@ -215,24 +219,10 @@ def read_format(path: Path) -> InputFormat:
     """
     if not path.is_file():
         return InputFormat()
-    known = [field.name for field in fields(InputFormat)]
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        strange = [name for name in value if name not in known]
-    except (OSError, ValueError, TypeError) as error:
-        raise BackboneError(f"{path} cannot be read as JSON ({error}); expected an object with {known}") from error
-    if strange or not isinstance(value, dict):
-        raise BackboneError(f"{path} says {strange or 'no object'}: expected an object with {', '.join(known)}")
-    for name, choices in CHOICES.items():
-        if value.get(name) is not None and value[name] not in choices:
-            raise BackboneError(f"{path} has {name} {value[name]!r}: expected {' or '.join(choices)}")
-    lists = {name: entry if isinstance(entry, list) else [entry] for name, entry in value.items() if name in ("mean", "std")}
-    sizes = {name: [entry, entry] if isinstance(entry, int) else entry for name, entry in value.items() if name == "input_size"}
-    merged = {**value, **lists, **sizes}
-    numbers = [number for name in ("mean", "std", "input_size") for number in merged.get(name) or ()]
-    if not all(isinstance(number, int | float) for number in numbers) or len(merged.get("input_size") or (1, 1)) != 2:
-        raise BackboneError(f"{path} has an input_size, mean or std that is not numbers")
-    return InputFormat(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in merged.items()})
+        return InputFormat.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path}, beside the network, does not say what its images look like: {error}") from error
 
 
 def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
@@ -375,4 +365,3 @@ def expose_tensors(path: Path, names: Sequence[str]) -> bytes:
         raise BackboneError(f"onnx:{path} is too large to pick inner layers from; name one of its outputs with --layer")
     data: bytes = model.SerializeToString()
     return data
-

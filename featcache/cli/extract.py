@@ -10,7 +10,6 @@ from featcache.cli import DONE, LEFT_OUT
 from featcache.cli.common import (
     TerminalProgress,
     extract_options,
-    format_bytes,
     json_option,
     list_left_out,
     option,
@@ -18,6 +17,7 @@ from featcache.cli.common import (
     print_json,
 )
 from featcache.config import FEATURES_FILE
+from featcache.progress import format_bytes
 
 
 @click.command("extract", short_help="Stage 1: images -> features in one HDF5 file.")

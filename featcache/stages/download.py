@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from featcache import files
 from featcache.dataset import is_image_name, list_dataset, list_images
 from featcache.errors import DownloadError, OutputError, SettingsError
+from featcache.fetching import fetch_file
 from featcache.progress import SILENT, Progress
 
 MAX_UNPACKED_BYTES = 1 << 30
-TIMEOUT_SECONDS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def download_dataset(name: str, folder: Path | str, *, url: str | None = None, p
         raise OutputError(f"{folder} is there and is not {name}; choose another place, or remove it")
     files.check_folder_writable(folder.parent, folder)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        archive = fetch(url or dataset.url, Path(temporary), progress)
+        archive = fetch_archive(url or dataset.url, folder, Path(temporary), progress)
         with files.fill_folder(folder) as unpacked:
             unpack(archive, dataset.folder, unpacked)
             if (found := digest_images(unpacked)) != dataset.digest:
@@ -110,33 +110,21 @@ def digest_images(folder: Path) -> str:
     return files.hash_bytes(lines.encode())
 
 
-def fetch(url: str, folder: Path, progress: Progress) -> Path:
-    """Download a file with a time-out.
+def fetch_archive(url: str, folder: Path, temporary: Path, progress: Progress) -> Path:
+    """Download the archive of a data set into `temporary`; an unfinished one stays beside `folder`.
 
     Raises
     ------
     DownloadError
         If it cannot be had.
     """
-    import pooch
-    import requests
-
-    progress.say(f"downloading {url}")
-    pooch.get_logger().setLevel("ERROR")  # it would tell the digest of the archive, which nobody asked for
-    try:
-        path = pooch.retrieve(
-            url,
-            known_hash=None,  # every image is verified after unpacking
-            path=folder,
-            fname="archive.zip",
-            downloader=pooch.HTTPDownloader(progressbar=progress.live, timeout=TIMEOUT_SECONDS),
-        )
-    except (requests.RequestException, OSError, ValueError) as error:
+    part_path = folder.parent / f".{folder.name}.zip.part"
+    try:  # no digest: every image is verified after unpacking
+        return fetch_file(url, temporary / "archive.zip", sha256=None, part_path=part_path, progress=progress)
+    except DownloadError as error:
         raise DownloadError(
-            f"cannot download {url}: {type(error).__name__}; fetch it by hand and unpack it, or "
-            f"`featcache sample digits DIR` needs no network"
+            f"{error}; fetch it by hand and unpack it, or `featcache sample digits DIR` needs no network"
         ) from error
-    return Path(path)
 
 
 def unpack(archive: Path, inside: str, target: Path) -> None:

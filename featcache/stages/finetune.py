@@ -41,8 +41,8 @@ from featcache.runs import (
     write_record,
 )
 from featcache.runtime import keep_freed_memory, run_network, select_device
-from featcache.stages.plan import take_backbone
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
+from featcache.stages.plan import take_backbone
 from featcache.training import (
     Epoch,
     Recipe,

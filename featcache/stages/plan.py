@@ -177,7 +177,9 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
         return dict(settings), None
     making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings]
     if making:
-        raise SettingsError(f"{making[0]} is stated and so is a backbone that is made already; state it in wrap_network")
+        raise SettingsError(
+            f"{making[0]} is stated and so is a backbone that is made already; state it in wrap_network"
+        )
     return {**settings, "backbone": given.name, "weights": "given"}, given
 
 
