@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from featcache.backbones.base import WeightsFile
+from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.errors import WeightsUnavailableError
-from featcache.images import Preprocessing
+from featcache.images import InputFormat
+from featcache.progress import Progress
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
@@ -75,26 +76,26 @@ class TinyFamily:
     def list_names(self) -> list[str]:
         return ["tiny"]
 
-    def make_network(self, name: str) -> nn.Module:
+    def list_weights(self, name: str) -> list[WeightsEntry]:
+        return [WeightsEntry(name="TINY_V1")]
+
+    def list_options(self, name: str, entry: str | None) -> dict[str, Any]:
+        return {}
+
+    def make_network(self, name: str, options: Mapping[str, Any]) -> nn.Module:
         network = TinyNetwork()
         network.conv.register_forward_hook(self._count)
         return network
 
-    def name_classifier(self, name: str) -> str:
-        return "fc"
+    def describe_input(self, name: str, entry: str | None, network: nn.Module) -> InputFormat:
+        return InputFormat(input_size=(16, 16), resize=20, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
-    def read_default_weights(self, name: str) -> WeightsFile:
+    def read_weights(self, name: str, entry: str, progress: Progress) -> WeightsFile:
         raise WeightsUnavailableError("tiny has no default weights")
-
-    def describe_preprocessing(self, name: str) -> Preprocessing:
-        return Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-
-    def describe_batch_norm(self, name: str) -> tuple[str, str]:
-        return "train", "tiny's BatchNorm follows the batches"
 
     @classmethod
     def _count(cls, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        cls.calls += len(inputs[0])
+        cls.calls += 0 if inputs[0].is_meta else len(inputs[0])
 
 
 @pytest.fixture
