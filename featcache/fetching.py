@@ -170,6 +170,10 @@ class Origin:
     validator: str | None = None
     size: int | None = None
 
+    def can_tell(self) -> bool:
+        """Whether it would show if pieces of two versions were put together."""
+        return bool(self.sha256 or self.validator)
+
 
 class Part:
     """An unfinished file: the bytes so far, and of what they are.
@@ -200,7 +204,7 @@ class Part:
         """Keep the bytes that an earlier process left if they are of what is wanted now, else begin anew."""
         old = _read_note(self.note_path)
         same = old is not None and (old.url, old.sha256) == (wanted.url, wanted.sha256)
-        if old and same and (old.sha256 or old.validator):  # or nothing would tell whether the pieces belong together
+        if old and same and old.can_tell():
             self.origin = old
         else:
             self.restart(None)
@@ -400,9 +404,9 @@ def receive(part: Part, url: str, wanted: Origin, progress: Progress) -> None:
 def range_headers(part: Part) -> dict[str, str]:
     """What to ask for: the rest of the same file, or else all of it. As it is, or positions would mean nothing."""
     headers = {"Accept-Encoding": "identity"}
-    if part.size:
+    if part.size and part.origin and part.origin.can_tell():
         headers["Range"] = f"bytes={part.size}-"
-        if part.origin and part.origin.validator:
+        if part.origin.validator:
             headers["If-Range"] = part.origin.validator
     return headers
 
@@ -508,7 +512,7 @@ def _describe_start(url: str, there: int, size: int | None) -> str:
 
 
 def _describe_rest(part: Part) -> str:
-    if not part.size or part.private:
+    if not part.size or part.private or not part.origin or not part.origin.can_tell():
         return ""
-    whole = f" of {part.origin.size:,}" if part.origin and part.origin.size is not None else ""
+    whole = f" of {part.origin.size:,}" if part.origin.size is not None else ""
     return f"; {part.size:,}{whole} bytes are in {part.path}, and the same command goes on from there"

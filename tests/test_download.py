@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 import zipfile
-from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import featcache
+from featcache import fetching
 from featcache.errors import DownloadError, OutputError
 from featcache.stages import download
 from featcache.stages.download import DATASETS, PublicDataset, digest_images
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def server(serve: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     """A web server and the folder that it serves."""
+    monkeypatch.setenv("NO_PROXY", "*")
     folder = tmp_path / "served"
     folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder))) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}", folder
-        http.shutdown()
+    return serve(folder), folder
 
 
 def pack(archive: Path, folder: Path, inside: str) -> None:
@@ -78,7 +70,28 @@ def test_a_truncated_archive_is_refused(served_photos: tuple[str, Path, Path], t
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(DownloadError, match="not a whole zip archive"):
         featcache.download_dataset("photos", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "served"]
+
+
+def test_an_interrupted_download_of_a_data_set_goes_on(
+    served_photos: tuple[str, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = served_photos[1]
+    begin, began = fetching.begin, []
+
+    def begin_and_stop(part: fetching.Part, answer: Any, wanted: fetching.Origin) -> None:
+        begin(part, answer, wanted)
+        began.append(part.size)
+        if len(began) == 1:
+            part.append(archive.read_bytes()[:1000])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fetching, "begin", begin_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        featcache.download_dataset("photos", tmp_path / "new")
+    assert (tmp_path / ".new.zip.part").stat().st_size == 1000
+    assert len(featcache.list_dataset(featcache.download_dataset("photos", tmp_path / "new"))) == 18
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "/evil.jpg", "photos_data/../../evil.jpg", "C:\\evil.jpg"])

@@ -269,7 +269,7 @@ def _is_torchscript(path: Path) -> bool:
 
 def _explain_refusal(path: Path, message: str) -> str:
     """Why torch.load refused a file, without its advice to run what is in it."""
-    if tarfile.is_tarfile(path):
+    if _is_tar(path):
         return f"it is a tar archive, which cannot be read without running what is in it; {SAVE_TENSORS}"
     refused = re.search(r"GLOBAL (\S+)", message)
     if refused and "is blocked" in message:
@@ -285,6 +285,15 @@ def _explain_refusal(path: Path, message: str) -> str:
         "it is damaged, or no state dict of tensors, as torch.save(network.state_dict(), ...) or safetensors write "
         "one; nothing in it is ever executed"
     )
+
+
+def _is_tar(path: Path) -> bool:
+    """Whether a file is a plain tar archive, which torch before 0.1.10 wrote."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def _holds_network(path: Path) -> bool:
