@@ -32,6 +32,7 @@ from featcache.backbones.base import hash_tensors
 from featcache.backbones.weights import read_weights
 from featcache.errors import BackboneError, MissingExtraError, WeightsError, WeightsUnavailableError
 from featcache.files import hash_bytes
+from featcache.progress import SILENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,7 +80,11 @@ def save_tiny(path: Path, **changes: Tensor | None) -> Path:
 
 
 def test_all_backbones_are_listed_by_name() -> None:
-    assert list_backbones() == ["resnet18", "efficientnet_lite0"]
+    names = list_backbones()
+    assert len(names) == len(set(names)) > 100
+    assert {*models.list_models(module=models), "efficientnet_lite0", "fcn_resnet50", "ssd300_vgg16", "r3d_18"} <= {
+        *names
+    }
 
 
 @pytest.mark.parametrize(
@@ -91,10 +96,12 @@ def test_an_unknown_backbone_suggests_the_nearest_name(wrong: str, near: str) ->
         load_backbone(wrong, weights="none")
 
 
-def test_a_name_like_no_other_is_answered_with_the_list_alone() -> None:
+def test_a_name_like_no_other_is_answered_with_where_the_list_is() -> None:
     with pytest.raises(BackboneError) as caught:
         describe_preprocessing("xyz")
-    assert str(caught.value) == "unknown backbone 'xyz': There are resnet18, efficientnet_lite0"
+    assert str(caught.value) == (
+        "unknown backbone 'xyz': `featcache backbones` lists them; also timm:NAME, onnx:FILE, module:FUNC"
+    )
 
 
 # --- random weights ---------------------------------------------------------------------------------------------------
@@ -153,9 +160,9 @@ def test_forward_passes_leave_every_tensor_bit_identical(name: str, tiny: type[T
 def test_the_classifier_is_removed_and_another_can_take_its_place(tiny: type[TinyFamily]) -> None:
     backbone, images = load_backbone("tiny", weights="none"), make_images()
     features = backbone.network(images)
-    layer = backbone.make_classifier(3)
-    network = attach_classifier(backbone, layer)
-    assert torch.equal(network(images), layer(features))
+    network, name = attach_classifier(backbone, 3)
+    assert name == "fc"
+    assert torch.equal(network(images), network.get_submodule(name)(features))
     assert network(images).shape == (2, 3)
 
 
@@ -311,7 +318,7 @@ def test_weights_of_another_network_of_the_same_family_do_not_fit(tmp_path: Path
 
 def test_a_path_that_is_not_there_is_named(tiny: type[TinyFamily], tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.pth", tmp_path):
-        with pytest.raises(WeightsError, match=f"no weights at {path}: expected default, none, or the path"):
+        with pytest.raises(WeightsError, match=f"no weights at {path}: expected default, none, TINY_V1, the path"):
             load_backbone("tiny", weights=str(path))
 
 
@@ -483,6 +490,10 @@ def publish(site: Site, state: dict[str, Tensor], digits: str | None = None) -> 
     return site.url(name)
 
 
+def read_resnet18_weights() -> None:
+    torchvision_family.read_weights("resnet18", "DEFAULT", SILENT)
+
+
 def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -528,7 +539,7 @@ def test_a_download_says_nothing_on_stdout(
     site: Site, set_url: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     set_url(publish(site, {"a": torch.ones(3)}))
-    torchvision_family.read_default_weights("resnet18")
+    read_resnet18_weights()
     assert capfd.readouterr().out == ""
 
 
@@ -537,16 +548,16 @@ def test_a_damaged_download_is_refused_and_leaves_nothing(site: Site, set_url: C
     with pytest.raises(
         WeightsUnavailableError, match=r"SHA-256 \w{8}\.\.\., expected 0badf00d\.\.\.; nothing was kept"
     ):
-        torchvision_family.read_default_weights("resnet18")
+        read_resnet18_weights()
     assert list(place.parent.iterdir()) == []
 
 
 def test_a_cached_file_that_was_changed_is_refused(site: Site, set_url: Callable[[str], Path]) -> None:
     place = set_url(publish(site, {"a": torch.ones(3)}))
-    torchvision_family.read_default_weights("resnet18")
+    read_resnet18_weights()
     write_pth({"a": torch.zeros(3)}, place)
     with pytest.raises(WeightsError, match=r"expected [0-9a-f]{8}\.\.\.; remove it to download it again"):
-        torchvision_family.read_default_weights("resnet18")
+        read_resnet18_weights()
     assert site.requests == 1
 
 
@@ -558,7 +569,7 @@ def test_a_cached_file_that_is_no_state_dict_is_refused_in_one_line(
     place.parent.mkdir(parents=True)
     place.write_bytes(content)
     with pytest.raises(WeightsError, match=f"{place} .*remove it to download it again") as caught:
-        torchvision_family.read_default_weights("resnet18")
+        read_resnet18_weights()
     assert "\n" not in str(caught.value)
 
 
@@ -570,7 +581,7 @@ def test_a_malicious_file_among_the_downloads_never_runs(
     (site.folder / "w.pth").rename(site.folder / name)
     set_url(site.url(name))
     with pytest.raises(WeightsError):
-        torchvision_family.read_default_weights("resnet18")
+        read_resnet18_weights()
     assert not (tmp_path / "marker").exists()
 
 
@@ -580,7 +591,7 @@ def test_a_torch_home_that_cannot_be_written_is_an_error_in_one_line(
     set_url(publish(site, {"a": torch.ones(3)}))
     (tmp_path / "torch").write_text("a file where the folder should be")
     with pytest.raises(BackboneError) as caught:
-        torchvision_family.read_default_weights("resnet18")
+        read_resnet18_weights()
     assert "\n" not in str(caught.value)
 
 

@@ -74,7 +74,7 @@ def network_folder(tmp_path: Path, tiny: type[TinyFamily]) -> Path:
     backbone = load_backbone("tiny", weights=str(write_weights(tmp_path / "w.pth", seed=4)))
     (tmp_path / "network").mkdir()
     extractor = backbone.describe()
-    save_network(tmp_path / "network", attach_classifier(backbone, nn.Linear(8, 3)), CLASSES, extractor)
+    save_network(tmp_path / "network", attach_classifier(backbone, 3)[0], CLASSES, extractor)
     return tmp_path / "network"
 
 
@@ -106,9 +106,10 @@ def test_a_network_loads_again_with_the_same_predictions(
     tmp_path: Path, files: list[str], tiny: type[TinyFamily]
 ) -> None:
     backbone = load_backbone("tiny", weights=str(write_weights(tmp_path / "w.pth", seed=4)))
-    extractor, layer = backbone.describe(), nn.Linear(8, 3)
-    layer.weight.data *= 20
-    network = attach_classifier(backbone, layer).train()
+    extractor = backbone.describe()
+    network, name = attach_classifier(backbone, 3)
+    network.get_submodule(name).weight.data *= 20
+    network.train()
     network(torch.randn(4, 3, 16, 16))  # BatchNorm follows, as in a fine-tuning
     save_network(tmp_path, network, CLASSES, extractor)
     expected = to_probabilities(forward(network.eval(), backbone.preprocessing, files))
@@ -128,7 +129,7 @@ def test_a_loaded_classifier_is_frozen_and_knows_its_classes(kind: str, request:
 def test_the_tensors_come_back_bit_for_bit(tmp_path: Path, tiny: type[TinyFamily]) -> None:
     head = make_head(7)
     folder = save_tiny_head(tmp_path / "head", load_backbone("tiny", weights="none"), head)
-    layer = load_classifier(folder).network.get_submodule("fc")
+    layer = load_classifier(folder).network.get_submodule("head")
     assert layer.weight.numpy().tobytes() == head.weight.tobytes()
     assert layer.bias.numpy().tobytes() == head.bias.tobytes()
 

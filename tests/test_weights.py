@@ -146,7 +146,7 @@ def test_a_prefix_that_the_network_wants_stays() -> None:
 
 def test_tensors_of_another_network_are_refused_by_the_names_that_they_have() -> None:
     with pytest.raises(WeightsError, match=r"tensor conv\.weight \(8, 3, 3, 3\) is missing"):
-        fit_weights(TinyNetwork(), {"module.a": torch.ones(1)}, classifier="fc", where="w.pth")
+        fit_weights(TinyNetwork(), {"module.a": torch.ones(1)}, replaced="fc", where="w.pth")
 
 
 # --- what would like to run -------------------------------------------------------------------------------------------

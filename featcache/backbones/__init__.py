@@ -38,6 +38,7 @@ from featcache.backbones.structure import (
 )
 from featcache.backbones.weights import fetch_weights, fit_weights, is_url, read_weights, strip_prefixes
 from featcache.errors import BackboneError, SettingsError, WeightsError
+from featcache.fetching import hide_credentials
 from featcache.images import InputFormat, Preprocessing
 from featcache.progress import SILENT, Progress
 
@@ -368,7 +369,8 @@ def choose_weights(family: Family, name: str, plain: str, weights: str, progress
     if family is onnx:
         raise WeightsError(f"{name} has its weights inside; --weights cannot change them")
     if is_url(weights):
-        file, requested = fetch_weights(weights, progress), weights
+        url, _, digest = weights.partition("#")
+        file, requested = fetch_weights(weights, progress), f"{hide_credentials(url)}#{digest}"
     else:
         path = Path(weights)
         if not path.is_file():

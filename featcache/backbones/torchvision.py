@@ -59,7 +59,7 @@ def list_weights(name: str) -> list[WeightsEntry]:
             digest=_digest_in_name(entry.url),
         )
         for entry in entries
-        if entry.meta.get("categories") is not None
+        if entry.meta.get("categories", ()) is not None
     ]
 
 

@@ -494,7 +494,7 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
         "extractor.weights": isinstance(weights, dict)
         and all(isinstance(weights.get(name), str) for name in ("name", "tensors_sha256")),
         "extractor.preprocessing": isinstance(look, dict)
-        and all(isinstance(look.get(name), int) for name in ("resize", "crop"))
+        and all(_is_size(look.get(name)) for name in ("resize", "crop"))
         and all(isinstance(look.get(name), str) for name in ("interpolation", "decoding"))
         and all(_is_colour(look.get(name)) for name in ("mean", "std")),
         "provenance.settings": {"backbone", "weights", "val_fraction", "seed"} <= set(origin.get("settings", {})),
@@ -510,8 +510,13 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
         raise CacheError(f"{path} is not a whole feature cache: {', '.join(missing)} missing or strange; {CURE}")
 
 
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(isinstance(side, int) for side in sides)
+
+
 def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(number, float | int) for number in value)
+    return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(number, float | int) for number in value)
 
 
 def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
@@ -521,13 +526,25 @@ def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[
     )
 
 
+def _spell(name: str, value: Any) -> list[str]:
+    """An option's values as they are typed."""
+    if not isinstance(value, list):
+        return [str(value)]
+    texts = [str(one) for one in value]
+    return texts if name == "layer" else [("x" if name in ("input_size", "resize") else ",").join(texts)]
+
+
 def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
     """The command that made a cache."""
     settings = provenance.get("settings", {})
     stated = {
         name: settings[name]
-        for name in ExtractConfig.RESULT  # what else a file says is no option
+        for name in (*ExtractConfig.RESULT, *ExtractConfig.OPTIONAL)  # what else a file says is no option
         if name in settings and settings[name] != getattr(ExtractConfig, name)
     }
-    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in stated.items()]
+    options = [
+        f"--{name.replace('_', '-')} {shlex.quote(text)}"
+        for name, value in stated.items()
+        for text in _spell(name, value)
+    ]
     return " ".join(["featcache extract", shlex.quote(provenance["data"]), f"-o {shlex.quote(str(path))}", *options])

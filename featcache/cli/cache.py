@@ -76,19 +76,29 @@ def info(file: str, as_json: bool) -> None:
         click.echo(make_printable(f"  {name:<15}{text}"))
 
 
+def spell_size(size: int | Sequence[int]) -> str:
+    """Pixels of a shorter side, or height and width.
+
+    >>> spell_size(256), spell_size([224, 160])
+    ('256', '224 x 160')
+    """
+    return str(size) if isinstance(size, int) else " x ".join(map(str, size))
+
+
 def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
     """What a person wants to know of a cache, line by line."""
     from featcache.report import format_seconds
 
     extractor, origin = cache.extractor, cache.provenance
     look = extractor["preprocessing"]
+    size = [look["crop"]] * 2 if isinstance(look["crop"], int) else look["crop"]
     weights = extractor["weights"]
     n_bad = len(origin["bad"])
     shown = ", ".join(cache.classes[:6]) + (f" and {len(cache.classes) - 6} more" if len(cache.classes) > 6 else "")
     return [
         ("backbone", f"{extractor['backbone']}, weights {weights['name']} ({weights['tensors_sha256'][:8]}...)"),
         ("features", f"{cache.dim} {cache.stored}, {extractor['layer']}"),
-        ("images", f"resized to {look['resize']}, {look['crop']} x {look['crop']} cut out, {look['interpolation']}"),
+        ("images", f"resized to {spell_size(look['resize'])}, {spell_size(size)} cut out, {look['interpolation']}"),
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
         ("classes", f"{len(cache.classes)}: {shown}"),
         ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
-from featcache.config import DEVICES, RUNTIMES, STORES, ExtractConfig
+from featcache.config import CHANNELS, DEVICES, INTERPOLATIONS, LAYOUTS, POOLS, RUNTIMES, STORES, ExtractConfig
 from featcache.errors import BadImage, make_printable
 from featcache.progress import Progress
 
@@ -61,10 +61,66 @@ def backbone_options(
     """`--backbone` and `--weights`."""
     return combine(
         option("--backbone", default=backbone, metavar="NAME", shell_complete=complete_backbone,
-               help="Pretrained network: resnet18, efficientnet_lite0."),
+               help="Pretrained network, see `featcache backbones`; also timm:NAME, onnx:FILE, module:PACKAGE.FUNCTION "
+               "(which runs your code)."),
         option("--weights", default=weights, metavar="WHICH",
-               help="default (ImageNet), none (random), or a state dict's PATH (.pth, .safetensors)."),
+               help="default, none (random), a name such as IMAGENET1K_V2, a PATH (.pth, .safetensors), or "
+               "https://...#sha256=..."),
     )  # fmt: skip
+
+
+class Size(click.ParamType[Any]):
+    """Pixels: "224", or "224x160" for height and width."""
+
+    name = "size"
+
+    def __init__(self, square: bool) -> None:
+        self.square = square
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """(H, W), or one number for a shorter side."""
+        if not isinstance(value, str):
+            return value
+        try:
+            sides = tuple(int(side) for side in value.lower().split("x"))
+        except ValueError:
+            sides = ()
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            self.fail(f"{value!r} is no size: expected pixels, such as 224, or HEIGHTxWIDTH", param, ctx)
+        return sides if len(sides) == 2 else (sides * 2 if self.square else sides[0])
+
+
+class Numbers(click.ParamType[Any]):
+    """Numbers between commas: "0.485,0.456,0.406"."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple of them."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(float(number) for number in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers: expected such as 0.5 or 0.485,0.456,0.406", param, ctx)
+
+
+layer_options = combine(
+    option("--layer", multiple=True, metavar="NAME[:POOL]",
+           help="Take the features from this layer, see `featcache backbones NAME`; repeatable, side by side.  "
+           "[default: what goes into the classifier]"),
+    option("--pool", type=click.Choice(POOLS), default=None, help="How a layer's map or tokens become a vector."),
+    option("--input-size", type=Size(square=True), default=None, metavar="PIXELS",
+           help="What the network sees, or HEIGHTxWIDTH.  [default: the weights' own, as the next seven]"),
+    option("--resize", type=Size(square=False), default=None, metavar="PIXELS",
+           help="Of the shorter side, before the middle is cut out; or HEIGHTxWIDTH, exactly."),
+    option("--interpolation", type=click.Choice(INTERPOLATIONS), default=None, help="Of that resizing."),
+    option("--channels", type=click.Choice(CHANNELS), default=None, help="Their order; L is grey."),
+    option("--mean", type=Numbers(), default=None, metavar="NUMBERS", help="Per channel, or one for all."),
+    option("--std", type=Numbers(), default=None, metavar="NUMBERS", help="Per channel, or one for all."),
+    option("--scale", type=float, default=None, metavar="MAX", help="The largest pixel value, mostly 1 or 255."),
+    option("--layout", type=click.Choice(LAYOUTS), default=None, help="Of an ONNX network's input."),
+)  # fmt: skip
 
 
 def split_options(
@@ -105,6 +161,7 @@ def output_option(default: str | None, what: str) -> Decorator:
 
 extract_options = combine(
     backbone_options(),
+    layer_options,
     option("--batch-size", type=click.IntRange(min=1), default=None,
            help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]"),
     machine_options,

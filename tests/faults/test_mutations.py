@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import featcache
 import featcache.dataset
-from featcache.backbones import Backbone
+from featcache.backbones import Backbone, describe_preprocessing
 from featcache.cache import FeatureCache
 from featcache.errors import StaleCacheError
 from featcache.stages.explain import explain_cache
@@ -61,8 +61,8 @@ class World:
 
     def preprocess(self, **changes: Any) -> None:
         """From now on the tiny networks' preprocessing has these values."""
-        other = dataclasses.replace(TinyFamily().describe_preprocessing("tiny"), **changes)
-        self.patch.setattr(TinyFamily, "describe_preprocessing", lambda self, name: other)
+        other = dataclasses.replace(describe_preprocessing("tiny"), **changes)
+        self.patch.setattr(featcache.backbones, "make_preprocessing", lambda *_: other)
 
     def extract(self) -> featcache.Extraction:
         """The extraction that is being tested."""
