@@ -53,8 +53,8 @@ def list_weights(name: str) -> list[WeightsEntry]:
     """The tags of a network, or the one that its name has, the default one first."""
     timm = import_timm()
     network, _, tag = name.partition(".")
-    known = timm.models.get_arch_pretrained_cfgs(network) if hasattr(timm.models, "get_arch_pretrained_cfgs") else {}
-    names = [tag] if tag else list(known or {})
+    tags = [one.partition(".")[2] for one in timm.models.get_arch_pretrained_cfgs(network)]
+    names = [tag] if tag else tags
     entries = []
     for one in names:
         config = timm.models.get_pretrained_cfg(f"{network}.{one}" if one else network)

@@ -40,6 +40,7 @@ COMMANDS = {
     "show": "show",
     "predict": "predict",
     "cache": "cache",
+    "backbones": "backbones",
     "sample": "sample",
     "download": "download",
 }
