@@ -99,6 +99,11 @@ def load_classifier(folder: Path | str) -> Classifier:
     """
     folder = Path(folder)
     saved, tensors = _read(folder)
+    if saved.preprocessing is None:
+        raise RunError(
+            f"{folder} holds a head on {saved.backbone} features: to label images it needs the network that made them, "
+            f"which featcache does not know; apply weight and bias of {MODEL_TENSORS} to features of that network"
+        )
     requested = saved.weights["requested"] if saved.is_head else "none"
     backbone = load_backbone(saved.backbone, weights=requested, seed=int(saved.weights.get("seed") or 0))
     if saved.is_head and backbone.weights["tensors_sha256"] != saved.weights["tensors_sha256"]:
@@ -128,7 +133,7 @@ class _Saved:
     classes: tuple[str, ...]
     backbone: str
     weights: dict[str, Any]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None  # of imported features nobody knows it
 
 
 def _save(
@@ -173,11 +178,12 @@ def _read(folder: Path) -> tuple[_Saved, dict[str, torch.Tensor]]:
             f"{folder / MODEL_TENSORS} is damaged: its SHA-256 is not the one in {MODEL_JSON}; train it again"
         )
     extractor = description["extractor"]
+    look = extractor["preprocessing"]
     saved = _Saved(
         is_head=description["holds"] == "head",
         classes=tuple(description["classes"]),
         backbone=extractor["backbone"],
         weights=extractor["weights"],
-        preprocessing=Preprocessing.from_json(extractor["preprocessing"]),
+        preprocessing=None if look is None else Preprocessing.from_json(look),
     )
     return saved, load(data)

@@ -43,6 +43,7 @@ OWNERS = {
     "click": {"cli"},
     "tqdm": {"cli"},
     "pooch": {"stages"},
+    "pyarrow": {"stages"},
     "requests": {"stages"},
     "scipy": {"heads", "metrics"},
     "safetensors": {"backbones", "bundle"},
@@ -134,7 +135,14 @@ def test_the_data_set_and_the_settings_need_no_torch() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    for settings in (config.ExtractConfig, config.HeadConfig, config.FinetuneConfig, config.CompareConfig):
+    every = (
+        config.ExtractConfig,
+        config.ImportConfig,
+        config.HeadConfig,
+        config.FinetuneConfig,
+        config.CompareConfig,
+    )
+    for settings in every:
         explained = {
             name.strip()
             for line in settings.__doc__.splitlines()

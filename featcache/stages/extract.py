@@ -122,7 +122,7 @@ def extract_features(
     (244, 512)
     """
     started, memory = time.perf_counter(), PeakMemory()
-    config, output = ExtractConfig(**settings), follow_link(Path(output))
+    config, output = ExtractConfig(**settings), files.follow_link(Path(output))
     try:
         files.check_writable(output)
     except OutputError:
@@ -134,11 +134,6 @@ def extract_features(
         remove_temporary(output)
         plan = plan_extraction(data, output, config, progress, keep=True)
         return _carry_out(plan, config, progress, started, memory)
-
-
-def follow_link(output: Path) -> Path:
-    """The file itself, so that a link stays a link and both names are one place."""
-    return output.resolve() if output.is_symlink() else output
 
 
 def _find_finished(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache import files
 from featcache.cache import (
     FeatureCache,
     FeatureSplit,
@@ -17,7 +18,7 @@ from featcache.cache import (
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
-from featcache.stages.extract import follow_link, run_backbone
+from featcache.stages.extract import run_backbone
 from featcache.stages.plan import Plan, plan_extraction
 
 PROBE_FEW, PROBE_IMAGES = 8, 48
@@ -50,7 +51,7 @@ def forecast_extraction(
     Parameters, errors as of `extract_features`.
     """
     config = ExtractConfig(**settings)
-    plan = plan_extraction(data, follow_link(Path(output)), config, progress)
+    plan = plan_extraction(data, files.follow_link(Path(output)), config, progress)
     return plan, estimate_cost(plan, config)
 
 
