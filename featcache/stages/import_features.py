@@ -242,6 +242,7 @@ def list_rows(table: Table, config: ImportConfig, progress: Progress) -> Listing
     """
     root = find_root(table, config)
     labels = [to_label(value, table.name_row(i), table) for i, value in enumerate(table.columns["labels"])]
+    check_numbers(labels, table)
     paths = listing_paths(table, root)
     digests, stats, are_images = identify_rows(table, paths, root, config, progress)
     classes = sort_classes(set(labels), as_folders=are_images)
@@ -290,6 +291,15 @@ def to_label(value: Any, row: str, table: Table) -> str:
         f"{table.path}: the label of {row} is {value!r}, expected an integer or a text (labels from "
         f"{table.origins['labels']}); mend that row or leave it out"
     )
+
+
+def check_numbers(labels: Sequence[str], table: Table) -> None:
+    """Raise a DatasetError if one label is written as no number and all others are numbers."""
+    missing = {name for name in set(labels) if name.lower() == "nan"}
+    others = set(labels) - missing
+    if missing and others and all(re.fullmatch(r"[+-]?[0-9.]+", name) for name in others):
+        row = next(row for row, label in enumerate(labels) if label in missing)
+        raise DatasetError(f"{table.path}: the label of {table.name_row(row)} is {labels[row]}, expected a number")
 
 
 def sort_classes(names: set[str], *, as_folders: bool) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +42,10 @@ FEATURE_ARRAYS = ("features", "X")
 READ_ROWS = 4096  # of a text or Parquet table at a time
 PIP_LINE = "pip install 'featcache[parquet]'"
 # What numpy and the containers below it raise for files that are not what they seem.
-UNREADABLE = (ValueError, TypeError, KeyError, EOFError, OSError, SyntaxError, OverflowError, NotImplementedError,
-              RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)  # fmt: skip
+UNREADABLE = (
+    *(ValueError, TypeError, LookupError, AttributeError, SyntaxError, OverflowError, RuntimeError, MemoryError),
+    *(EOFError, OSError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 NameOf = Callable[[int], str]
 
@@ -130,7 +134,8 @@ def open_table(path: Path, config: ImportConfig, progress: Progress, scratch: Pa
         if kind in (".npy", ".npz"):
             table = (read_npy if kind == ".npy" else read_npz)(path, config, progress, stamp)
         else:
-            table = (read_parquet if kind == ".parquet" else read_csv)(path, config, progress, stamp, scratch)
+            with Spool(scratch, path) as spool:
+                table = (read_parquet if kind == ".parquet" else read_csv)(path, config, progress, stamp, spool)
     if not all(table.features.shape):
         n, dim = table.features.shape
         raise DatasetError(f"{path} is empty: expected at least a row and a feature, found {n} rows of {dim} features")
@@ -218,9 +223,11 @@ def choose_columns(
         elif name is not None and not Path(name).is_file():
             raise DatasetError(f"--{role} {name} is no column of {path} and no file; {_list_columns(there)}")
     if "labels" not in chosen and config.labels is None:
-        expected = f"expected a column {' or '.join(usual['labels'])}, or " if there else ""
+        if not there:
+            raise DatasetError(f"{path} has features and no labels: name a file that has them with --labels")
         raise DatasetError(
-            f"{path} has no labels: {expected}--labels with a column's name or a file; {_list_columns(there)}"
+            f"{path} has no labels: expected a column {' or '.join(usual['labels'])}, or --labels with a column's name "
+            f"or a file; {_list_columns(there)}"
         )
     if len(set(chosen.values())) < len(chosen):
         raise DatasetError(f"one column of {path} is named for two things: {chosen}; name a column for each")
@@ -275,7 +282,8 @@ def read_npy(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[
 
 def read_npz(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int]) -> Table:
     """The arrays of a .npz file, in memory."""
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as stream:
+        file = np.load(stream, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise DatasetError(f"{path} is no .npz file: expected one that numpy.savez wrote")
         name = _choose_array(config, file.files, FEATURE_ARRAYS, path)
@@ -323,7 +331,7 @@ def _make_array_table(
     )
 
 
-def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], scratch: Path) -> Table:
+def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool) -> Table:
     """A .csv or .tsv file, read once."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
@@ -338,7 +346,7 @@ def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[
         def name_column(j: int) -> str:
             return f"column {names[numeric[j]]}"
 
-        spool, lines = Spool(scratch, len(numeric), path), _iterate_lines(reader, len(names), path)
+        lines = _iterate_lines(reader, len(names), path)
         columns: dict[str, list[Any]] = {role: [] for role in chosen}
         at = {role: names.index(name) for role, name in chosen.items()}
         while block := list(islice(lines, READ_ROWS)):
@@ -351,7 +359,7 @@ def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[
             numbers += [number for number, _ in block]
     return Table(
         path=path,
-        features=spool.finish(),
+        features=spool.finish(len(numeric)),
         layer=_say_layer(names, numeric),
         columns=columns,
         origins=dict(chosen),
@@ -416,7 +424,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def read_parquet(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], scratch: Path) -> Table:
+def read_parquet(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool) -> Table:
     """A .parquet file, read once."""
     try:
         import pyarrow.parquet
@@ -424,13 +432,13 @@ def read_parquet(path: Path, config: ImportConfig, progress: Progress, stamp: tu
         raise MissingExtraError(f"reading {path} needs an optional package: {PIP_LINE}") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            return _read_batches(file, path, config, progress, stamp, scratch)
+            return _read_batches(file, path, config, progress, stamp, spool)
     except pyarrow.ArrowException as error:
         raise DatasetError(f"{path} cannot be read as a Parquet table ({_first_line(error)})") from error
 
 
 def _read_batches(
-    file: Any, path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], scratch: Path
+    file: Any, path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool
 ) -> Table:
     names = list(file.schema_arrow.names)
     _check_names(names, path)
@@ -451,16 +459,14 @@ def _read_batches(
     def name_column(j: int) -> str:
         return f"feature {j}" if array else f"column {numeric[j]}"
 
-    spool: Spool | None = None
     n_rows = 0
     for batch in file.iter_batches(READ_ROWS, columns=[*numeric, *chosen.values()]):
         for role, name in chosen.items():
             columns[role] += batch.column(name).to_pylist()
         rows = _to_rows(batch, numeric, path, n_rows)
-        spool = spool or Spool(scratch, rows.shape[1], path)
         spool.append(to_float32(rows, config.store, path, _name_rows(n_rows), name_column))
         n_rows += len(rows)
-    features = spool.finish() if spool else np.empty((0, len(numeric)), np.float32)
+    features = spool.finish(len(numeric))
     return _make_array_table(path, features, layer, columns, chosen, stamp)
 
 
@@ -532,7 +538,8 @@ def read_list(path: Path, role: str) -> list[Any]:
         raise DatasetError(f"--{role} {path}: expected a file ending in {' '.join(LIST_EXTENSIONS)}")
     with explain_errors(path):
         if kind == ".npy":
-            return _to_list(np.load(path, allow_pickle=False), str(path))
+            with path.open("rb") as stream:
+                return _to_list(np.load(stream, allow_pickle=False), str(path))
         if kind == ".txt":
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             return lines[: -1 if lines[-1] == "" else None]
@@ -548,11 +555,17 @@ def _to_list(values: Any, where: str) -> list[Any]:
 
 
 class Spool:
-    """Rows (N, D) float32 in a nameless file, which goes when the process does."""
+    """Rows (N, D) float32 in a nameless file, which goes when the process does. Closed, what was mapped stays."""
 
-    def __init__(self, folder: Path, dim: int, table: Path) -> None:
-        self._dim, self._rows, self._table = dim, 0, table
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the mapping keeps it
+    def __init__(self, folder: Path, table: Path) -> None:
+        self._rows, self._dim, self._table = 0, 0, table
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def append(self, rows: NDArray[np.float32]) -> None:
         """Write n more rows.
@@ -564,6 +577,7 @@ class Spool:
         OutputError
             If there is no room for them.
         """
+        self._dim = self._dim or rows.shape[1]
         if rows.shape[1] != self._dim:
             raise DatasetError(
                 f"{self._table}: row {self._rows} has {rows.shape[1]} features, those before it {self._dim}"
@@ -572,15 +586,14 @@ class Spool:
             self._file.write(rows.tobytes())
             self._file.flush()
         except OSError as error:
-            raise OutputError(
-                f"cannot keep the rows of {self._table} for a while: {error.strerror or error}"
-            ) from error
+            reason = error.strerror or error
+            raise OutputError(f"cannot keep the rows of {self._table} for a while: {reason}") from error
         self._rows += len(rows)
 
-    def finish(self) -> NDArray[np.float32]:
-        """All rows, mapped."""
-        if not self._rows:
-            return np.empty((0, self._dim), np.float32)
+    def finish(self, dim: int) -> NDArray[np.float32]:
+        """All rows, mapped; (0, dim) if there are none."""
+        if not self._rows or not self._dim:
+            return np.empty((self._rows, self._dim or dim), np.float32)
         shape = (self._rows, self._dim)
         mapped: NDArray[np.float32] = np.memmap(self._file, dtype=np.float32, mode="r", shape=shape)
         return mapped
