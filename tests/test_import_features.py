@@ -635,6 +635,8 @@ WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_with_a_table_is_said_in_one_line(what: str) -> None:
     make, expected = WRONG[what]
+    if what == "parquet":
+        pytest.importorskip("pyarrow.parquet")
     with pytest.raises(DatasetError) as caught:
         featcache.import_features(output="f.h5", **make())
     assert expected in str(caught.value)
