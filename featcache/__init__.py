@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from featcache.stages.extract import Extraction, extract_features
     from featcache.stages.finetune import finetune
     from featcache.stages.forecast import Forecast, forecast_extraction
+    from featcache.stages.import_features import ImportedFeatures, import_features
     from featcache.stages.plan import Plan
     from featcache.stages.predict import Prediction, predict
     from featcache.stages.sample import make_sample
@@ -40,6 +41,7 @@ _HOMES = {
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
     "Forecast": "stages.forecast",
+    "ImportedFeatures": "stages.import_features",
     "Listing": "dataset",
     "Plan": "stages.plan",
     "Prediction": "stages.predict",
@@ -54,6 +56,7 @@ _HOMES = {
     "extract_features": "stages.extract",
     "finetune": "stages.finetune",
     "forecast_extraction": "stages.forecast",
+    "import_features": "stages.import_features",
     "list_backbones": "backbones",
     "list_dataset": "dataset",
     "load_backbone": "backbones",
@@ -77,6 +80,7 @@ __all__ = [
     "FeatcacheError",
     "FeatureCache",
     "Forecast",
+    "ImportedFeatures",
     "Listing",
     "Plan",
     "Prediction",
@@ -92,6 +96,7 @@ __all__ = [
     "extract_features",
     "finetune",
     "forecast_extraction",
+    "import_features",
     "list_backbones",
     "list_dataset",
     "load_backbone",

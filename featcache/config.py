@@ -24,6 +24,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 CHOICES = {"pool": POOLS, "layout": LAYOUTS, "channels": CHANNELS, "interpolation": INTERPOLATIONS}
+# What stands for the backbone of features that were made elsewhere, perhaps followed by ":" and what made them.
+IMPORTED = "imported"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,66 @@ class ExtractConfig(Settings):
         """Those that a backbone is loaded with; `images` are the fields of an `InputFormat`."""
         images = {name: getattr(self, name) for name in self.IMAGES}
         return {name: getattr(self, name) for name in ("weights", "seed", "layer", "pool")} | {"images": images}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Settings):
+    """How a table of features that were made elsewhere becomes a cache.
+
+    Attributes
+    ----------
+    array
+        The array (.npz) or list-typed column (.parquet) that holds the features, where it has another name than usual.
+    labels, paths, split
+        Where each row's class, image path, and split ("train", "val" or "test") are: a column of the table, or a file.
+        None takes the column of the usual name if there is one.
+    data
+        Folder that the paths are relative to; None is the table's own.
+    name
+        What made the features, in a word.
+    val_fraction
+        Share of the rows that validates, where no split is given.
+    seed
+        Chooses which.
+    store
+        Precision in which the features are kept, "float32" or "float16".
+    wait
+        Wait for another process that writes the same file, instead of stopping.
+    force
+        Replace a cache that was made from something else.
+    """
+
+    RESULT: ClassVar[tuple[str, ...]] = (
+        "array",
+        "labels",
+        "paths",
+        "split",
+        "data",
+        "name",
+        "val_fraction",
+        "seed",
+        "store",
+    )
+
+    array: str | None = None
+    labels: str | None = None
+    paths: str | None = None
+    split: str | None = None
+    data: str | None = None
+    name: str | None = None
+    val_fraction: float = ExtractConfig.val_fraction
+    seed: int = ExtractConfig.seed
+    store: str = ExtractConfig.store
+    wait: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("array", "labels", "paths", "split", "data", "name"):
+            self._require(getattr(self, field) != "", field, "a name that is not empty")
+        self._require(self.name is None or self.name.isprintable(), "name", "a word that can be printed")
+        self._require(self.store in STORES, "store", " or ".join(STORES))
+        self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
+        self._require(self.seed >= 0, "seed", "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +371,15 @@ class CompareConfig(Settings):
     def stated(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that were stated."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def is_imported(backbone: str) -> bool:
+    """Whether it is no backbone of featcache's but stands for features that were made elsewhere.
+
+    >>> is_imported("imported"), is_imported("imported:clip"), is_imported("resnet18")
+    (True, True, False)
+    """
+    return backbone.partition(":")[0] == IMPORTED
 
 
 # Where results go when the user does not say, relative to the current folder.

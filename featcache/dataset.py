@@ -210,7 +210,7 @@ def list_dataset(
     names, files, ignored = _find_files(root)
     classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
     listed, bad = _hash_rows(root, files, classes, progress, known, keep)
-    splits = listed if names else _split_by_content(listed[""], classes, root, val_fraction, seed)
+    splits = listed if names else split_by_content(listed[""], classes, str(root), val_fraction, seed)
     for name, split in splits.items():
         check_classes_filled(split.labels, classes, f"the {name} split of {root}")
     return Listing(root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad))
@@ -383,16 +383,23 @@ def summarise(listing: Listing) -> list[str]:
     lines = [f"{listing.root}: {counts} images, {len(listing.classes)} classes"]
     if listing.ignored:
         lines.append(f"ignored, not an image in a class folder: {_name_some(listing.ignored)}")
+    lines += list_doubts(listing)
+    if len(listing.classes) == 1:
+        lines.append(
+            f"WARNING: only one class, {listing.classes[0]}; class folders are looked for directly in the data"
+        )
+    return lines
+
+
+def list_doubts(listing: Listing) -> list[str]:
+    """Warnings of images that are in two splits, or under two labels."""
+    lines = []
     if shared := find_shared_images(listing):
         examples = _name_some([" = ".join(paths) for paths in shared.values()])
         lines.append(f"WARNING: leakage, the same image in more than one split ({len(shared)} in all): {examples}")
     if two := find_contradictions(listing):
         examples = _name_some([" = ".join(paths) for paths in two.values()])
         lines.append(f"WARNING: the same image under different labels ({len(two)} in all): {examples}")
-    if len(listing.classes) == 1:
-        lines.append(
-            f"WARNING: only one class, {listing.classes[0]}; class folders are looked for directly in the data"
-        )
     return lines
 
 
@@ -426,13 +433,29 @@ def _position(digest: str, seed: int) -> float:
     return int(hash_bytes(f"{seed}:{digest}".encode())[:13], 16) / 16**13
 
 
-def _split_by_content(
-    rows: Split, classes: Sequence[str], root: Path, val_fraction: float, seed: int
+def split_by_content(
+    rows: Split, classes: Sequence[str], where: str, val_fraction: float, seed: int
 ) -> dict[str, Split]:
     """Train and validation rows, stratified in expectation, and by force where a class would have no image in one.
 
     That image is the class's lowest (or highest) in the hash order, so it too changes only if a new image takes the
     place.
+
+    Parameters
+    ----------
+    rows
+        All of them.
+    classes
+        Names of the classes.
+    where
+        What they are the rows of, for the error message.
+    val_fraction, seed
+        As of `is_validation`.
+
+    Raises
+    ------
+    DatasetError
+        If a class has less than two rows.
     """
     position = np.array([_position(digest, seed) for digest in rows.digests])
     validation = position < val_fraction
@@ -440,8 +463,8 @@ def _split_by_content(
         members = np.flatnonzero(rows.labels == label)
         if len(members) < 2:
             raise DatasetError(
-                f"class {name} of {root} has {len(members)} usable image: expected at least 2, one to train on and one "
-                f"to validate; add images"
+                f"class {name} of {where} has {len(members)} usable image: expected at least 2, one to train on and "
+                f"one to validate; add images"
             )
         if not validation[members].any():
             validation[position == position[members].min()] = True
@@ -460,11 +483,7 @@ def _hash_rows(
 ) -> tuple[dict[str, Split], list[BadImage]]:
     paths = [path for rows in files.values() for path, _ in rows]
     full = [os.path.join(root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
-    stats, reasons = _look_at_all(full)
-    digests = known.find(stats) if known else [""] * len(paths)
-    todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
-    for i, (digest, stats[i], reason) in zip(todo, _hash_all(full, todo, progress, keep), strict=True):
-        digests[i], reasons[i] = digest, reason
+    digests, stats, reasons = hash_files(full, progress, known, keep)
     bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     splits, start = {}, 0
     label_of = {name: label for label, name in enumerate(classes)}
@@ -478,6 +497,24 @@ def _hash_rows(
         )
         start += len(rows)
     return splits, bad
+
+
+def hash_files(
+    paths: Sequence[str],
+    progress: Progress = SILENT,
+    known: KnownFiles | None = None,
+    keep: Callable[[Stats, Digests], None] | None = None,
+) -> tuple[list[str], Stats, list[str]]:
+    """Digest of each of N files; stats (N, 4) that prove it later, or zeros; why one cannot be used, "" if it can.
+
+    Parameters as of `list_dataset`.
+    """
+    stats, reasons = _look_at_all(paths)
+    digests = known.find(stats) if known else [""] * len(paths)
+    todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
+    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep), strict=True):
+        digests[i], reasons[i] = digest, reason
+    return digests, stats, reasons
 
 
 def _look_at_all(paths: Sequence[str]) -> tuple[Stats, list[str]]:

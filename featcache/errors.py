@@ -4,7 +4,7 @@
 
     FeatcacheError               caught once, in the cli: one line on stderr, exit code 1
     ├── SettingsError            an option has a value that makes no sense (the cli's exit code 2)
-    ├── DatasetError             a folder, a class or a split is missing, empty or at odds with another
+    ├── DatasetError             a folder, table, class or split is missing, empty or at odds with another
     ├── BadImagesError           some files of a data set cannot be used as images; each is named
     ├── BackboneError            unknown network, or a network that cannot be used
     │   ├── WeightsError         weights that do not fit or cannot be read
@@ -43,7 +43,7 @@ class SettingsError(FeatcacheError, ValueError):
 
 
 class DatasetError(FeatcacheError):
-    """The folder is not a usable image data set."""
+    """The folder is not a usable image data set, or the table no usable table of features."""
 
 
 class BackboneError(FeatcacheError):

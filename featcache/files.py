@@ -105,6 +105,11 @@ def pretty_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True) + "\n"
 
 
+def follow_link(path: Path) -> Path:
+    """The file itself, so that a link stays a link and both names are one place."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def check_writable(path: Path) -> None:
     """See, before any work is done, that a file can be written at `path`; make its folder.
 

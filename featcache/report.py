@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from featcache.config import is_imported
 from featcache.metrics import mcnemar_test, wilson_interval
 from featcache.runs import Predictions, RunRecord
 
@@ -87,13 +88,17 @@ def state_verdict(arms: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]
         claim = f"No difference between {first['name']} and {second['name']} can be shown on {first['n_val']} images"
     cheap, dear = sorted((first, second), key=lambda arm: arm["seconds"])
     cost = f"{cheap['name']} took {format_seconds(cheap['seconds'])}, {dear['name']} {format_seconds(dear['seconds'])}"
+    if unknown := [arm["name"] for arm in (first, second) if is_imported(arm["backbone"])]:
+        left_out = f"without what it took to make the imported features of {' and '.join(unknown)}"
+        return f"{claim} ({counts}). {cost}, {left_out}."
     times = f" ({dear['seconds'] / cheap['seconds']:.3g} times as long)" if cheap["seconds"] else ""
     return f"{claim} ({counts}). {cost}{times}."
 
 
 def tabulate(arms: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The comparison as rows of text: a header, then one row a quantity, one column an arm."""
-    shortest = min(arm["seconds"] for arm in arms)
+    whole = [arm for arm in arms if not is_imported(arm["backbone"])]  # whose cost is known
+    shortest = min((arm["seconds"] for arm in whole), default=0.0)
     rows = {
         "val accuracy": [f"{arm['val_accuracy']:.1%}" for arm in arms],
         "95 % interval": [f"{arm['interval'][0]:.1%} to {arm['interval'][1]:.1%}" for arm in arms],
@@ -104,7 +109,7 @@ def tabulate(arms: Sequence[dict[str, Any]]) -> list[list[str]]:
         "seconds, training": [_stage(arm, "selection", "training") for arm in arms],
         "seconds, total": [f"{arm['seconds']:,.2f}" for arm in arms],
         "seconds per epoch": [_stage(arm, "per_epoch") for arm in arms],
-        "time ratio": [f"x {arm['seconds'] / shortest:.1f}" for arm in arms],
+        "time ratio": [f"x {arm['seconds'] / shortest:.1f}" if arm in whole else "-" for arm in arms],
         "peak memory": [format_bytes(arm["peak_memory_bytes"]) for arm in arms],
     }
     if all(cell == "-" for cell in rows["test accuracy"]):

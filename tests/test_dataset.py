@@ -425,11 +425,11 @@ def test_a_larger_share_never_takes_an_image_out_of_validation(digests: list[str
 def test_images_that_no_class_needs_by_force_stay_when_others_are_added(
     old: list[str], new: list[str], seed: int
 ) -> None:
-    from featcache.dataset import _split_by_content
+    from featcache.dataset import split_by_content
 
     def split(digests: list[str]) -> dict[str, str]:
         rows = make_split(*((f"{i}.jpg", 0, digest) for i, digest in enumerate(digests)))
-        parts = _split_by_content(rows, ["a"], Path("root"), 0.2, seed)
+        parts = split_by_content(rows, ["a"], "root", 0.2, seed)
         assert len(parts["train"]) > 0
         assert len(parts["val"]) > 0
         return {digest: name for name, part in parts.items() for digest in part.digests}

@@ -43,8 +43,12 @@ OWNERS = {
     "matplotlib": {"plots"},
     "click": {"cli"},
     "tqdm": {"cli"},
+    "pyarrow": {"stages"},
     "requests": {"fetching"},
     "urllib3": {"fetching"},  # the errors of requests' own connections
+    "timm": {"backbones"},
+    "onnx": {"backbones"},
+    "onnxruntime": {"backbones"},
     "scipy": {"heads", "metrics"},
     "safetensors": {"backbones", "bundle"},
 }
@@ -135,7 +139,14 @@ def test_the_data_set_and_the_settings_need_no_torch() -> None:
 
 
 def test_every_setting_is_explained() -> None:
-    for settings in (config.ExtractConfig, config.HeadConfig, config.FinetuneConfig, config.CompareConfig):
+    every = (
+        config.ExtractConfig,
+        config.ImportConfig,
+        config.HeadConfig,
+        config.FinetuneConfig,
+        config.CompareConfig,
+    )
+    for settings in every:
         explained = {
             name.strip()
             for line in settings.__doc__.splitlines()

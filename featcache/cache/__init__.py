@@ -7,7 +7,8 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
     features.h5
     ├── attrs   featcache_schema   2
     │           classes            JSON list of names; a label is an index into it
-    │           extractor          JSON: backbone, weights and their SHA-256, layer, preprocessing, precision
+    │           extractor          JSON: backbone, weights and their SHA-256, layer, preprocessing, precision; of
+    │                              imported features "imported", the table and its SHA-256, and no preprocessing
     │           extractor_key      SHA-256 of what decides the features
     │           provenance         JSON: data folder, versions, device, seconds spent extracting, files left out
     │           columns_sha256     JSON: SHA-256 of every column below
@@ -42,7 +43,16 @@ tidying    what caches and leftovers lie in a folder, and their removal
 """
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
-from featcache.cache.key import Field, can_serve, compare_fields, hash_extractor, key_parts, list_differences, shorten
+from featcache.cache.key import (
+    Field,
+    can_serve,
+    compare_fields,
+    describe_differences,
+    hash_extractor,
+    key_parts,
+    list_differences,
+    shorten,
+)
 from featcache.cache.lock import hold_output
 from featcache.cache.parts import (
     Part,
@@ -62,6 +72,7 @@ from featcache.cache.reading import (
     check_complete,
     is_feature_cache,
     open_cache,
+    open_old,
     read_cache,
     verify_cache,
 )
@@ -88,6 +99,7 @@ __all__ = [
     "check_complete",
     "check_parts",
     "compare_fields",
+    "describe_differences",
     "describe_item",
     "estimate_bytes",
     "hash_extractor",
@@ -101,6 +113,7 @@ __all__ = [
     "list_parts",
     "make_known_files",
     "open_cache",
+    "open_old",
     "open_sources",
     "parts_path",
     "read_cache",

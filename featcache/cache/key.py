@@ -84,6 +84,11 @@ def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ]
 
 
+def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What differs between two extractors, in a line."""
+    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
+
+
 def shorten(value: Any) -> str:
     """A value for people: a digest by its first digits."""
     text = str(value)

@@ -33,7 +33,7 @@ from featcache.cache.contents import (
     stored_precision,
 )
 from featcache.cache.key import hash_extractor
-from featcache.config import ExtractConfig
+from featcache.config import ExtractConfig, ImportConfig, is_imported
 from featcache.dataset import SPLITS, STATS, Split
 from featcache.errors import CacheError
 from featcache.files import canonical_json, hash_bytes
@@ -129,7 +129,7 @@ def verify_cache(path: Path | str) -> Verification:
             path=reader.path,
             rows=sum(reader.lengths.values()),
             bytes=reader.path.stat().st_size,
-            cure=f"{format_command(reader.path, reader.provenance)} --rehash",
+            cure=format_cure(reader.path, reader.provenance),
             damaged=tuple(damaged),
         )
 
@@ -484,8 +484,10 @@ def load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
 
 
 def check_complete(cache: FeatureCache, path: Path | str) -> None:
-    """Raise a CacheError if the descriptions in a cache lack something that every extraction writes."""
+    """Raise a CacheError if the descriptions in a cache lack something that every extraction or import writes."""
     extractor, origin = cache.extractor, cache.provenance
+    imported = is_imported(str(extractor.get("backbone")))
+    settings = {"val_fraction", "seed"} | (set() if imported else {"backbone", "weights"})
     weights, look = extractor.get("weights"), extractor.get("preprocessing")
     size = origin.get("peak_memory_bytes")
     sound = {
@@ -493,11 +495,15 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
         "extractor.layer": isinstance(extractor.get("layer"), str),
         "extractor.weights": isinstance(weights, dict)
         and all(isinstance(weights.get(name), str) for name in ("name", "tensors_sha256")),
-        "extractor.preprocessing": isinstance(look, dict)
-        and all(_is_size(look.get(name)) for name in ("resize", "crop"))
-        and all(isinstance(look.get(name), str) for name in ("interpolation", "decoding"))
-        and all(_is_colour(look.get(name)) for name in ("mean", "std")),
-        "provenance.settings": {"backbone", "weights", "val_fraction", "seed"} <= set(origin.get("settings", {})),
+        "extractor.preprocessing": (imported and look is None)
+        or (
+            isinstance(look, dict)
+            and all(_is_size(look.get(name)) for name in ("resize", "crop"))
+            and all(isinstance(look.get(name), str) for name in ("interpolation", "decoding"))
+            and all(_is_colour(look.get(name)) for name in ("mean", "std"))
+        ),
+        "provenance.settings": settings <= set(origin.get("settings", {})),
+        "provenance.table": not imported or isinstance(origin.get("table"), str),
         "provenance.seconds": isinstance(origin.get("seconds"), float | int) and 0 <= origin["seconds"] < 1e12,
         "provenance.peak_memory_bytes": size is None or isinstance(size, int),
         "provenance.device": isinstance(origin.get("device"), str),
@@ -522,7 +528,7 @@ def _is_colour(value: Any) -> bool:
 def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
     return (
         f"{path} is damaged: {split}/features rows {rows[0]} to {rows[1] - 1} are not what was written; "
-        f"`{format_command(path, provenance)} --rehash` computes them again"
+        f"`{format_cure(path, provenance)}` makes them again"
     )
 
 
@@ -536,15 +542,43 @@ def _spell(name: str, value: Any) -> list[str]:
 
 def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
     """The command that made a cache."""
-    settings = provenance.get("settings", {})
+    settings, table = provenance.get("settings", {}), provenance.get("table")
+    config = ImportConfig if isinstance(table, str) else ExtractConfig
     stated = {
         name: settings[name]
-        for name in (*ExtractConfig.RESULT, *ExtractConfig.OPTIONAL)  # what else a file says is no option
-        if name in settings and settings[name] != getattr(ExtractConfig, name)
+        for name in (*config.RESULT, *config.OPTIONAL)  # what else a file says is no option
+        if name in settings and settings[name] != getattr(config, name)
     }
     options = [
         f"--{name.replace('_', '-')} {shlex.quote(text)}"
         for name, value in stated.items()
         for text in _spell(name, value)
     ]
-    return " ".join(["featcache extract", shlex.quote(provenance["data"]), f"-o {shlex.quote(str(path))}", *options])
+    made = f"import {shlex.quote(table)}" if isinstance(table, str) else f"extract {shlex.quote(provenance['data'])}"
+    return " ".join([f"featcache {made}", f"-o {shlex.quote(str(path))}", *options])
+
+
+def format_cure(path: Path, provenance: Mapping[str, Any]) -> str:
+    """The command that mends a damaged cache; an import checks every byte of what is there anyway."""
+    command = format_command(path, provenance)
+    return command if isinstance(provenance.get("table"), str) else f"{command} --rehash"
+
+
+def open_old(output: Path, *, force: bool) -> FeatureCache | None:
+    """The cache that lies at an output; None if nothing does, or, with `force`, a cache that is of no use any more.
+
+    Raises
+    ------
+    CacheError
+        If something else lies there, or such a cache and `force` is not set.
+    """
+    if not os.path.lexists(output):
+        return None
+    try:
+        old = open_cache(output)
+        check_complete(old, output)
+    except CacheError:
+        if force and is_feature_cache(output):
+            return None
+        raise
+    return old

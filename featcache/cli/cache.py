@@ -19,7 +19,7 @@ from featcache.cli.common import (
     output_option,
     print_json,
 )
-from featcache.config import FEATURES_FILE
+from featcache.config import FEATURES_FILE, is_imported
 from featcache.errors import CacheError, make_printable
 from featcache.progress import format_bytes
 
@@ -92,18 +92,23 @@ def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
 
     extractor, origin = cache.extractor, cache.provenance
     look = extractor["preprocessing"]
-    size = [look["crop"]] * 2 if isinstance(look["crop"], int) else look["crop"]
+    images = "prepared elsewhere, nobody knows how"
+    if look:
+        size = [look["crop"]] * 2 if isinstance(look["crop"], int) else look["crop"]
+        images = f"resized to {spell_size(look['resize'])}, {spell_size(size)} cut out, {look['interpolation']}"
+    made = f"in {format_seconds(origin['seconds'])} on {origin['device']} ({origin['runtime']})"
+    made = f"elsewhere, imported from {origin['table']}" if is_imported(extractor["backbone"]) else made
     weights = extractor["weights"]
     n_bad = len(origin["bad"])
     shown = ", ".join(cache.classes[:6]) + (f" and {len(cache.classes) - 6} more" if len(cache.classes) > 6 else "")
     return [
         ("backbone", f"{extractor['backbone']}, weights {weights['name']} ({weights['tensors_sha256'][:8]}...)"),
         ("features", f"{cache.dim} {cache.stored}, {extractor['layer']}"),
-        ("images", f"resized to {spell_size(look['resize'])}, {spell_size(size)} cut out, {look['interpolation']}"),
+        ("images", images),
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
         ("classes", f"{len(cache.classes)}: {shown}"),
         ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),
-        ("computed", f"in {format_seconds(origin['seconds'])} on {origin['device']} ({origin['runtime']})"),
+        ("computed", made),
         ("extractor key", cache.key),
         ("content", cache.content_sha256),
     ]

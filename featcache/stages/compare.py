@@ -11,9 +11,9 @@ import numpy as np
 
 from featcache import files
 from featcache.cache import check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig
+from featcache.config import RUNS_DIR, CompareConfig, is_imported
 from featcache.dataset import describe_data
-from featcache.errors import BadImage, OutputError, RunError
+from featcache.errors import BadImage, CacheError, OutputError, RunError
 from featcache.metrics import confusion_matrix
 from featcache.plots import draw_accuracy_against_time, draw_arm_curves, draw_confusions, save_figure
 from featcache.progress import SILENT, Progress
@@ -159,6 +159,12 @@ def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
     if Path(config.features).is_file():
         cache = open_cache(config.features)
         check_complete(cache, config.features)
+        if is_imported(cache.extractor["backbone"]) and not config.force:
+            raise CacheError(
+                f"{config.features} holds imported features, which no network here can make again: compare finished "
+                f"runs (`featcache compare {config.runs}/head {config.runs}/finetune`), or extract others with "
+                f"--features OTHER.h5"
+            )
         source, found = config.features, cache.provenance["settings"]
     elif is_run(finetune_run):
         source, found = str(finetune_run), read_record(finetune_run).settings

@@ -124,7 +124,7 @@ def extract_features(
     """
     started, memory = time.perf_counter(), PeakMemory()
     settings, given = take_backbone(settings)
-    config, output = ExtractConfig(**settings), follow_link(Path(output))
+    config, output = ExtractConfig(**settings), files.follow_link(Path(output))
     try:
         files.check_writable(output)
     except OutputError:
@@ -136,11 +136,6 @@ def extract_features(
         remove_temporary(output)
         plan = plan_extraction(data, output, config, progress, keep=True, given=given)
         return _carry_out(plan, config, progress, started, memory)
-
-
-def follow_link(output: Path) -> Path:
-    """The file itself, so that a link stays a link and both names are one place."""
-    return output.resolve() if output.is_symlink() else output
 
 
 def _find_finished(

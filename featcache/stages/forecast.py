@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache import files
 from featcache.cache import (
     FeatureCache,
     FeatureSplit,
@@ -17,7 +18,7 @@ from featcache.cache import (
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
-from featcache.stages.extract import follow_link, run_backbone
+from featcache.stages.extract import run_backbone
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 PROBE_FEW, PROBE_IMAGES = 8, 48
@@ -51,7 +52,7 @@ def forecast_extraction(
     """
     settings, given = take_backbone(settings)
     config = ExtractConfig(**settings)
-    plan = plan_extraction(data, follow_link(Path(output)), config, progress, given=given)
+    plan = plan_extraction(data, files.follow_link(Path(output)), config, progress, given=given)
     return plan, estimate_cost(plan, config)
 
 

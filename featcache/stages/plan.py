@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,18 @@ from featcache.cache import (
     Part,
     can_serve,
     check_complete,
+    describe_differences,
     hash_extractor,
-    is_feature_cache,
     keep_files,
-    key_parts,
-    list_differences,
     list_parts,
     make_known_files,
     open_cache,
+    open_old,
     parts_path,
     read_known_files,
     verify_cache,
 )
-from featcache.config import ExtractConfig
+from featcache.config import ExtractConfig, is_imported
 from featcache.dataset import (
     Digests,
     KnownFiles,
@@ -39,7 +37,7 @@ from featcache.dataset import (
     list_dataset,
     summarise,
 )
-from featcache.errors import CacheError, SettingsError, StaleCacheError
+from featcache.errors import SettingsError, StaleCacheError
 from featcache.images import InputFormat
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
@@ -118,7 +116,12 @@ def plan_extraction(
         As `extract_features`.
     """
     check_root(Path(data))
-    old = _open_old(output, config.force)
+    old = open_old(output, force=config.force)
+    if old and not explain and not config.force and is_imported(old.extractor["backbone"]):
+        raise StaleCacheError(
+            f"{output} was made by another extractor: its features are imported, from {old.provenance['table']}; write "
+            f"elsewhere with -o OTHER.h5, or replace it with --force"
+        )
     if old and not explain and not config.force and old.extractor["backbone"] != config.backbone:
         made_with = old.extractor["backbone"]  # seen before anything is downloaded for the wrong one
         raise StaleCacheError(
@@ -183,20 +186,6 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
     return {**settings, "backbone": given.name, "weights": "given"}, given
 
 
-def _open_old(output: Path, force: bool) -> FeatureCache | None:
-    """The cache that lies at the output; none if it is one that is of no use any more and may be replaced."""
-    if not os.path.lexists(output):
-        return None
-    try:
-        old = open_cache(output)
-        check_complete(old, output)
-    except CacheError:
-        if force and is_feature_cache(output):
-            return None
-        raise
-    return old
-
-
 def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
     """Raise a StaleCacheError if a cache was made by another extractor."""
     if old.key != hash_extractor(extractor):
@@ -255,8 +244,3 @@ def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) ->
     if not same:
         return "replace" if force else "refuse"
     return "extend" if missing else "reuse"
-
-
-def describe_differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What differs between two extractors, in a line."""
-    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"

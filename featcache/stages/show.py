@@ -24,6 +24,9 @@ from featcache.images import (
 from featcache.plots import draw_grid, save_figure
 from featcache.runs import is_run, read_predictions, read_record
 
+# For a look at images whose features are imported: how their network wants them is not known.
+PLAIN = Preprocessing(resize=224, crop=224, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
 
 def show(
     target: Path | str,
@@ -110,7 +113,12 @@ def show_predictions(
         chosen = np.random.default_rng(seed).permutation(len(right))[:n_images]
     if not len(chosen):
         raise RunError(f"{run} has no wrong prediction to show")
-    preprocessing = Preprocessing.from_json(record.extractor["preprocessing"])
+    look = record.extractor["preprocessing"]
+    preprocessing = PLAIN if look is None else Preprocessing.from_json(look)
+    if look is None and not (root / predictions.paths[chosen[0]]).is_file():
+        raise RunError(
+            f"the images of {run} are not at {root}: its features are imported; import them with --paths and --data"
+        )
     batch = decode_rows(root, [predictions.paths[i] for i in chosen], make_evaluation_transform(preprocessing))
     titles = [
         f"{record.classes[predictions.predicted[i]]} {confidence[i]:.0%}"

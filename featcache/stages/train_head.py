@@ -11,7 +11,7 @@ import numpy as np
 from featcache import files
 from featcache.bundle import save_head
 from featcache.cache import FeatureCache, check_complete, read_cache
-from featcache.config import RUNS_DIR, HeadConfig
+from featcache.config import RUNS_DIR, HeadConfig, is_imported
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError
 from featcache.heads import FittedHead, fit_head
@@ -45,7 +45,7 @@ def train_head(
     Parameters
     ----------
     features
-        A cache that `extract_features` made.
+        A cache that `extract_features` or `import_features` made.
     output
         The run folder.
     progress
@@ -84,8 +84,9 @@ def train_head(
     fitted = fit_head(train.features, train.listing.labels, len(cache.classes), config, progress)
     predictions, train_accuracy = evaluate_head(fitted, cache)
     evaluated = time.perf_counter()
+    known = not is_imported(cache.extractor["backbone"])
     seconds = {
-        "extraction": cache.provenance["seconds"],
+        **({"extraction": cache.provenance["seconds"]} if known else {}),
         "selection": fitted.selection_seconds,
         "training": fitted.fit_seconds,
         "evaluation": (read - started) + (evaluated - read - fitted.selection_seconds - fitted.fit_seconds),
@@ -93,7 +94,7 @@ def train_head(
     n_parameters = fitted.head.weight.size + fitted.head.bias.size
     record = RunRecord(
         kind="head",
-        title=f"linear head ({config.solver}, C = {fitted.C:g}) on frozen {cache.extractor['backbone']} features",
+        title=f"linear head ({config.solver}, C = {fitted.C:g}) on {describe_features(cache)}",
         settings=config.result_settings(),
         data=describe_data(cache.listing),
         extractor=cache.extractor,
@@ -144,8 +145,20 @@ def write_head_run(folder: Path, record: RunRecord, fitted: FittedHead, predicti
     write_record(folder, record)
 
 
+def describe_features(cache: FeatureCache) -> str:
+    """Whose features they are, in a few words."""
+    backbone = cache.extractor["backbone"]
+    if not is_imported(backbone):
+        return f"frozen {backbone} features"
+    _, _, name = backbone.partition(":")
+    return f"imported {name} features" if name else "imported features"
+
+
 def _list_remarks(fitted: FittedHead, cache: FeatureCache) -> list[str]:
     remarks = ["the features were extracted without augmentation"]
+    if is_imported(cache.extractor["backbone"]):
+        table = cache.extractor["weights"]["name"]
+        remarks = [f"the features were imported from {table}; what it cost to make them is not known and not counted"]
     if not fitted.converged:
         remarks.append(f"the solver stopped after {fitted.iterations} iterations without converging")
     if bad := cache.provenance["bad"]:
