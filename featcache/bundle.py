@@ -111,9 +111,8 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
     known = saved.extractor["weights"]
     if saved.extractor["preprocessing"] is None:  # of imported features nobody knows it
         raise RunError(
-            f"{folder} holds a head on {saved.extractor['backbone']} features: to label images it needs the network that "
-            f"made them, which featcache does not know; apply weight and bias of {MODEL_TENSORS} to features of that "
-            f"network"
+            f"{folder} holds a head on {saved.extractor['backbone']} features: to label images it needs the network "
+            f"that made them, which featcache does not know; apply weight and bias of {MODEL_TENSORS} to features of it"
         )
     if known["requested"] == "given" and backbone is None:
         raise RunError(
