@@ -5,7 +5,7 @@ What is made of unusual clips is one stated rule each:
 ===========================  ===============================================================================
 which frames                 the middles of equal segments, see `choose_frames`; a short clip repeats some
 folder of frames             its image files in natural order, each by the rules of `featcache.decoding`
-file format                  MP4 and MOV, AVI, Matroska and WebM, MPEG, GIF, told by content, never by name
+file format                  MP4, MOV, AVI, Matroska, WebM, MPEG and GIF, told by content, never by name
 rotation in the file         applied
 pixels that are not square   taken as they are
 sound, subtitles, covers     ignored; without moving pictures the file is refused
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from featcache.dataset import VIDEO_EXTENSIONS, list_frames
 from featcache.decoding import CAN_DECODE_APART, MAX_PIXELS, Pixels, ask_apart, check_size, decode_safely, to_rgb
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CLIP_RULES = "pyav, pillow; frames (2i + 1) n / 2T; rotation applied; alpha on white"
+UNKNOWN_FORMAT = "not a video of a known format, or damaged at its start"
 CLIP_SECONDS = 600.0  # for one file; the longest that is allowed takes about two minutes in HD
 MAX_FRAMES = 18_000  # of a video file: ten minutes at 30 a second
 MAX_CLIP_PIXELS = 2 * MAX_PIXELS  # of the wanted frames together: 32 in 4K, 1 GB as RGB
@@ -51,6 +52,7 @@ PROGRAM = "from featcache.clips import decode_request; from featcache.decoding i
 # Demuxers of FFmpeg that read nothing but the file itself.
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,m4v,mpegts"
 READ_BYTES = 1 << 20  # at a time
+MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # what an MP4 or MOV may begin with
 ATTACHED_PICTURE = 0x0400  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover
 TURNS = {  # what a rotation in degrees, counterclockwise, is to Pillow
     90: Image.Transpose.ROTATE_90,
@@ -124,8 +126,10 @@ def decode_request(request: bytes) -> Pixels:
     try:
         with path.open("rb") as file:
             pictures = (_decode_gif if _is_gif(head) else _decode_video)(file, frames)
-    except (ImageError, MemoryError):
+    except (ImageError, MemoryError):  # short memory is no fault of the file's
         raise
+    except UnidentifiedImageError:
+        raise ImageError(UNKNOWN_FORMAT) from None
     except Exception as error:
         raise ImageError(f"damaged video: {getattr(error, 'strerror', None) or error}") from error
     return *pictures[0].size, b"".join(picture.tobytes() for picture in pictures)
@@ -231,7 +235,7 @@ def _open_video(file: io.BufferedReader) -> Iterator[tuple[InputContainer, Video
             file, "r", options={"format_whitelist": DEMUXERS}, metadata_errors="replace", buffer_size=READ_BYTES
         )
     except av.error.FFmpegError as error:
-        raise ImageError("not a video of a known format, or damaged at its start") from error
+        raise ImageError(UNKNOWN_FORMAT) from error
     with container:
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not streams:
@@ -300,18 +304,37 @@ def _check_total(pixels: int) -> None:
 
 
 def _check_whole(file: io.BufferedReader) -> None:
-    """Raise an ImageError if the file is shorter than it says: FFmpeg plays what is left of such AVI and Matroska."""
-    size, head = file.seek(0, os.SEEK_END), b""
+    """Raise an ImageError if the file is shorter than it says: FFmpeg often plays what is left."""
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(1 << 12)
-    if (stated := _read_stated_size(head)) > size:
+    stated = _measure_boxes(file, size) if head[4:8] in MP4_BOXES else _read_stated_size(head)
+    if stated > size:
         raise ImageError(f"truncated video: {stated:,} bytes by its header, {size:,} in the file")
 
 
-def _read_stated_size(head: bytes) -> int:
-    """Bytes of a file by its header; 0 if it does not say.
+def _measure_boxes(file: io.BufferedReader, size: int) -> int:
+    """Where the last outermost box of an MP4 or MOV of `size` bytes ends, as it says itself.
 
-    Source: RFC 9559 (Matroska) and RFC 8794 (EBML); Microsoft's RIFF, whose size some writers make 8 bytes too large.
+    Source: ISO/IEC 14496-12, section 4.2: a size of 1 stands for one of 8 bytes, 0 for the end of the file.
+    """
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length < 8 or not head[4:8].isalnum():  # what some writers leave behind the last one is no box
+            break
+        at += length
+    return at
+
+
+def _read_stated_size(head: bytes) -> int:
+    """Bytes of an AVI, Matroska or WebM file by its header; 0 if it does not say.
+
+    Source: Microsoft's RIFF, whose size some writers make 8 bytes too large; RFC 9559 (Matroska) and RFC 8794 (EBML).
     """
     if head.startswith(b"RIFF"):
         return int.from_bytes(head[4:8], "little")
