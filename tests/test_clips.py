@@ -21,6 +21,7 @@ from featcache import clips, decoding
 from featcache.clips import CLIP_RULES, check_video_support, choose_frames, decode_clip
 from featcache.errors import ImageError, MissingExtraError
 from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
+from featcache.runtime import run_network
 
 N = 24
 SIZE = (64, 48)
@@ -395,6 +396,27 @@ def test_the_preprocessing_of_the_kinetics_weights_is_what_torchvision_says() ->
     assert (tuple(preset.resize_size), tuple(preset.crop_size)) == (KINETICS.resize, KINETICS.size)
     assert (tuple(preset.mean), tuple(preset.std)) == (KINETICS.mean, KINETICS.std)
     assert KINETICS.decoding == CLIP_RULES
+
+
+@pytest.mark.parametrize("runtime", ["eager", "fused"])
+def test_clips_run_in_every_runtime_and_bad_ones_shift_nothing(tmp_path: Path, runtime: str) -> None:
+    small = Preprocessing(resize=(20, 24), crop=16, mean=(0.5,) * 3, std=(0.25,) * 3, frames=4)
+    names = ["a.gif", "frames", "bad", "b.gif"]
+    make_gif(tmp_path / "a.gif")
+    make_folder(tmp_path / "frames", 5)
+    make_folder(tmp_path / "bad", 0)
+    make_gif(tmp_path / "b.gif", 3)
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv3d(3, 8, 3), torch.nn.BatchNorm3d(8), torch.nn.AdaptiveAvgPool3d(1))
+    network.append(torch.nn.Flatten()).eval()
+    rows = ImageRows(tmp_path, names, transform=make_evaluation_transform(small))
+    outputs = list(run_network(network, rows, device=torch.device("cpu"), runtime=runtime, batch_size=2, workers=0))
+    assert [row for output in outputs for row in output.rows.tolist()] == [0, 1, 3]
+    assert [item for output in outputs for item in output.bad] == [("bad", "a folder without frames")]
+    clip = rows[3][1]
+    assert isinstance(clip, torch.Tensor)
+    with torch.inference_mode():
+        np.testing.assert_allclose(outputs[-1].values[-1], network(clip[None])[0].numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_clip_goes_through_r3d_18(tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
         "extractor.weights": isinstance(weights, dict)
         and all(isinstance(weights.get(name), str) for name in ("name", "tensors_sha256")),
         "extractor.preprocessing": isinstance(look, dict)
-        and all(isinstance(look.get(name), int) for name in ("resize", "crop"))
+        and all(_is_size(look.get(name)) for name in ("resize", "crop"))
         and all(isinstance(look.get(name), str) for name in ("interpolation", "decoding"))
         and all(_is_colour(look.get(name)) for name in ("mean", "std")),
         "provenance.settings": {"backbone", "weights", "val_fraction", "seed"} <= set(origin.get("settings", {})),
@@ -508,6 +508,12 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
     }
     if missing := [name for name, is_sound in sound.items() if not is_sound]:
         raise CacheError(f"{path} is not a whole feature cache: {', '.join(missing)} missing or strange; {CURE}")
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is a side in pixels, or a height and a width."""
+    sides = value if isinstance(value, list) and len(value) == 2 else [value]
+    return all(isinstance(side, int) for side in sides)
 
 
 def _is_colour(value: Any) -> bool:
