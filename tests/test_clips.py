@@ -284,6 +284,7 @@ def test_a_truncated_clip_whose_index_comes_first_is_refused(tmp_path: Path, par
 
 @pytest.mark.parametrize("kind", ["gif", *(name for name, _ in KINDS)])
 def test_a_mutated_clip_gives_frames_or_a_reason(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("av")  # a mutated GIF may be one no more
     path = make_clip(tmp_path, kind)
     data = path.read_bytes()
     for seed in range(12):
