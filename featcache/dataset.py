@@ -1,32 +1,38 @@
-"""A folder of labelled images as a listing: paths, labels, classes, splits, content digests. Decodes nothing.
+"""A folder of labelled images or clips as a listing: paths, labels, classes, splits, digests. Decodes nothing.
 
 Two layouts are understood, both ImageFolder's::
 
     DATA/train/<class>/*   DATA/val/<class>/*   [DATA/test/<class>/*]
     DATA/<class>/*         split here, by content
+
+Of images each file is a sample. Of clips it is each video file, and each folder of frames: one that lies somewhere in
+its class folder and directly holds image files, which are its frames in natural order (frame2 before frame10).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import BadImage, DatasetError
+from featcache.errors import BadImage, DatasetError, ImageError
 from featcache.files import canonical_json, hash_bytes
 from featcache.progress import SILENT, Progress
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, written out because importing it costs seconds; a test compares the two.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+CLIP_EXTENSIONS = (*VIDEO_EXTENSIONS, ".gif")
 SPLITS = ("train", "val", "test")
 # What the file system says of a file, see `KnownFiles`: inode, size in bytes, and both times in nanoseconds.
 STATS = ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
@@ -34,7 +40,8 @@ RACY_NS = 2_000_000_000  # the coarsest time stamp in use, FAT's
 KEEP_SECONDS = 5.0  # how much hashing a kill may lose
 
 Digests: TypeAlias = NDArray[np.bytes_]  # (N,) S64
-Stats: TypeAlias = NDArray[np.int64]  # (N, 4), see STATS
+Stats: TypeAlias = NDArray[np.int64]  # (N, 4), see STATS; of a folder of frames see `_fold_stats`
+NO_STATS = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +138,8 @@ class Listing:
         What is not an image by its name or not in a class folder, relative to the root.
     bad
         Files that are images by their name but could not be read at all.
+    clips
+        Whether a row is a clip: a video file, or a folder of frames.
     """
 
     root: Path
@@ -138,6 +147,12 @@ class Listing:
     splits: dict[str, Split]
     ignored: tuple[str, ...] = ()
     bad: tuple[BadImage, ...] = ()
+    clips: bool = False
+
+    @property
+    def noun(self) -> str:
+        """What one row is called in messages."""
+        return name_sample(self.clips)
 
     def __len__(self) -> int:
         return sum(len(split) for split in self.splits.values())
@@ -165,8 +180,9 @@ class Listing:
             for name, split in self.splits.items()
         }
         for name, split in splits.items():
-            check_classes_filled(split.labels, self.classes, f"the {name} split of {self.root}, bad files left out")
-        return Listing(root=self.root, classes=self.classes, splits=splits, ignored=self.ignored, bad=bad)
+            where = f"the {name} split of {self.root}, bad files left out"
+            check_classes_filled(split.labels, self.classes, where, self.noun)
+        return replace(self, splits=splits, bad=bad)
 
 
 def list_dataset(
@@ -177,8 +193,9 @@ def list_dataset(
     progress: Progress = SILENT,
     known: KnownFiles | None = None,
     keep: Callable[[Stats, Digests], None] | None = None,
+    clips: bool = False,
 ) -> Listing:
-    """List the images of a folder, with their labels, split and content digests.
+    """List the images of a folder, or its clips, with their labels, split and content digests.
 
     Parameters
     ----------
@@ -194,6 +211,8 @@ def list_dataset(
         Files that need not be read again.
     keep
         Called every few seconds with what was found out by reading, for `known` of another time.
+    clips
+        List video files and folders of frames, each a row, instead of images.
 
     Returns
     -------
@@ -207,20 +226,24 @@ def list_dataset(
     """
     root = Path(data)
     check_root(root)
-    names, files, ignored = _find_files(root)
+    names, files, ignored = _find_files(root, clips)
     classes = agree_on_classes({name: {label for _, label in rows} for name, rows in files.items()}, root)
-    listed, bad = _hash_rows(root, files, classes, progress, known, keep)
-    splits = listed if names else split_by_content(listed[""], classes, str(root), val_fraction, seed)
+    listed, bad = _hash_rows(root, files, classes, progress, known, keep, clips)
+    splits = (
+        listed if names else split_by_content(listed[""], classes, str(root), val_fraction, seed, name_sample(clips))
+    )
     for name, split in splits.items():
-        check_classes_filled(split.labels, classes, f"the {name} split of {root}")
-    return Listing(root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad))
+        check_classes_filled(split.labels, classes, f"the {name} split of {root}", name_sample(clips))
+    return Listing(
+        root=root, classes=classes, splits=splits, ignored=tuple(sorted(ignored)), bad=tuple(bad), clips=clips
+    )
 
 
 def list_changed(listing: Listing) -> list[str]:
     """Paths of files that are no longer what they were when they were listed, as far as the file system says."""
     changed = []
     for split in listing.splits.values():
-        now, _ = _look_at_all([str(listing.root / path) for path in split.paths])
+        now, _ = _look_at_all([str(listing.root / path) for path in split.paths], listing.clips)
         differs = (now != split.stats).any(axis=1) & split.stats.any(axis=1)
         changed += [split.paths[i] for i in np.flatnonzero(differs)]
     return changed
@@ -236,14 +259,14 @@ def check_root(root: Path) -> None:
         )
 
 
-def _find_files(root: Path) -> tuple[list[str], dict[str, list[tuple[str, str]]], list[str]]:
-    """Split folders, (path, class) of the images in each, paths of what is ignored; without splits all is in ""."""
+def _find_files(root: Path, clips: bool) -> tuple[list[str], dict[str, list[tuple[str, str]]], list[str]]:
+    """Split folders, (path, class) of the samples in each, paths of what is ignored; without splits all is in ""."""
     names = find_split_folders(root)
     folders = {name: root / name for name in names} if names else {"": root}
     files: dict[str, list[tuple[str, str]]] = {}
     ignored: list[str] = []
     for name, folder in folders.items():
-        files[name], strays = list_class_folders(root, folder)
+        files[name], strays = list_class_folders(root, folder, clips)
         ignored += strays
     if names:
         ignored += [
@@ -276,48 +299,115 @@ def find_split_folders(root: Path) -> list[str]:
     return present
 
 
-def list_class_folders(root: Path, folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Image files under each class folder of `folder`.
+def list_class_folders(root: Path, folder: Path, clips: bool = False) -> tuple[list[tuple[str, str]], list[str]]:
+    """Image files, or clips, under each class folder of `folder`.
 
     Returns
     -------
-    images
+    samples
         (path relative to `root`, class name), sorted as ImageFolder sorts them.
     ignored
-        Paths of files that are not images.
+        Paths of files that are no sample and no frame of one.
 
     Raises
     ------
     DatasetError
-        If there is no class folder, or one without any image.
+        If there is no class folder, or one without any sample.
     """
     entries = _sorted_entries(folder)
     classes = [entry for entry in entries if _is_folder(entry) and not _is_hidden(entry)]
     if not classes:
-        loose = sum(is_image_name(entry.name) for entry in entries)
+        noun, is_sample = name_sample(clips), is_clip_name if clips else is_image_name
+        loose = sum(is_sample(entry.name) for entry in entries)
         raise DatasetError(
-            f"{folder} has no class folders: expected {folder}/<class>/<image>, found "
-            f"{f'{loose} images directly in it' if loose else 'no folders'}; put each class into a folder of its own"
+            f"{folder} has no class folders: expected {folder}/<class>/<{noun}>, found "
+            f"{f'{loose} {noun}s directly in it' if loose else 'no folders'}; put each class into a folder of its own"
         )
-    images: list[tuple[str, str]] = []
+    samples: list[tuple[str, str]] = []
     ignored = [_relative(entry.path, root) for entry in entries if not _is_folder(entry)]
     for entry in classes:
-        found: list[str] = []
-        for path in _walk(entry.path, set()):
-            (found if is_image_name(os.path.basename(path)) else ignored).append(_relative(path, root))  # noqa: PTH119
+        found, strays = (_find_clips if clips else _find_images)(entry.path)
+        ignored += [_relative(path, root) for path in strays]
         if not found:
-            raise DatasetError(
-                f"class folder {entry.path} has no images: expected files ending in {' '.join(IMAGE_EXTENSIONS)}; "
-                f"fill it or remove it"
-            )
-        found.sort(key=lambda path: path.rpartition("/")[::2])
-        images += [(path, entry.name) for path in found]
-    return images, ignored
+            raise DatasetError(_explain_empty_class(entry.path, strays, clips))
+        ordered = sorted((_relative(path, root) for path in found), key=lambda path: path.rpartition("/")[::2])
+        samples += [(path, entry.name) for path in ordered]
+    return samples, ignored
+
+
+def _find_images(folder: str) -> tuple[list[str], list[str]]:
+    """Paths of the image files under a class folder, and of all other files."""
+    found: list[str] = []
+    strays: list[str] = []
+    for path in _walk(folder, set()):
+        (found if is_image_name(os.path.basename(path)) else strays).append(path)  # noqa: PTH119
+    return found, strays
+
+
+def _find_clips(folder: str) -> tuple[list[str], list[str]]:
+    """Paths of the video files and folders of frames under a class folder, and of files that are no part of one."""
+    found: dict[str, None] = {}  # an ordered set: a folder is met once for each of its frames
+    strays: list[str] = []
+    for path in _walk(folder, set()):
+        parent, name = os.path.split(path)
+        if is_clip_name(name):
+            found[path] = None
+        elif is_image_name(name) and parent != folder:
+            found[parent] = None
+        else:
+            strays.append(path)
+    return list(found), strays
+
+
+def _explain_empty_class(folder: str, strays: Sequence[str], clips: bool) -> str:
+    """What to say of a class folder that has no sample, only these files."""
+    names = [os.path.basename(path) for path in strays]  # noqa: PTH119
+    if not clips:
+        expected = f"class folder {folder} has no images: expected files ending in {' '.join(IMAGE_EXTENSIONS)}"
+        if videos := sum(map(is_clip_name, names)):
+            return f"{expected}, found {videos} that look like video files; use a video backbone such as r3d_18"
+        return f"{expected}; fill it or remove it"
+    expected = (
+        f"class folder {folder} has no clips: expected video files ending in {' '.join(CLIP_EXTENSIONS)} or folders "
+        f"of frames ({folder}/<clip>/<image>)"
+    )
+    if images := sum(map(is_image_name, names)):
+        return (
+            f"{expected}, found {images} images directly in it; use an image backbone such as resnet18, or put the "
+            f"frames of each clip into a folder of its own"
+        )
+    return f"{expected}; fill it or remove it"
 
 
 def list_images(folder: Path) -> list[str]:
     """Paths of the image files anywhere under a folder, sorted, the folder's own path in front."""
     return sorted(path for path in _walk(str(folder), set()) if is_image_name(Path(path).name))
+
+
+def list_clips(folder: Path) -> list[str]:
+    """Paths of the clips anywhere under a folder, sorted, the folder's own path in front.
+
+    They are its video files and its folders of frames; a folder that directly holds images is such a one itself.
+    """
+    found, strays = _find_clips(str(folder))
+    is_clip = any(is_image_name(os.path.basename(path)) for path in strays)  # noqa: PTH119
+    return sorted([str(folder), *found] if is_clip else found)
+
+
+def list_frames(folder: Path | str) -> list[str]:
+    """Names of the image files directly in a folder, in natural order: frame2 before frame10."""
+    names = (entry.name for entry in _sorted_entries(folder) if not _is_folder(entry))
+    return sorted(filter(is_image_name, names), key=make_natural_key)
+
+
+def make_natural_key(name: str) -> tuple[list[str | int], str]:
+    """What to sort names by so that the numbers in them count as numbers.
+
+    >>> sorted(["f10.jpg", "f2.jpg", "f1.jpg", "f02.jpg"], key=make_natural_key)
+    ['f1.jpg', 'f02.jpg', 'f2.jpg', 'f10.jpg']
+    """
+    pieces = re.split("([0-9]+)", name)
+    return [int(piece) if i % 2 else piece for i, piece in enumerate(pieces)], name
 
 
 def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
@@ -338,16 +428,26 @@ def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
     return tuple(sorted(union))
 
 
-def check_classes_filled(labels: NDArray[np.int64], classes: Sequence[str], where: str) -> None:
-    """Raise a DatasetError if a class has no image in `labels` (N,)."""
+def check_classes_filled(labels: NDArray[np.int64], classes: Sequence[str], where: str, noun: str = "image") -> None:
+    """Raise a DatasetError if a class has no image, or whatever `noun` is, in `labels` (N,)."""
     counts = np.bincount(labels, minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        raise DatasetError(f"{where} has no image of class {', '.join(empty)}; add images, or remove the class")
+        raise DatasetError(f"{where} has no {noun} of class {', '.join(empty)}; add {noun}s, or remove the class")
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image: by its ending, and not hidden."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def is_clip_name(name: str) -> bool:
+    """Whether a file of this name is taken for a clip: by its ending, and not hidden."""
+    return name.lower().endswith(CLIP_EXTENSIONS) and not name.startswith(".")
+
+
+def name_sample(clips: bool) -> str:
+    """What one sample is called in messages."""
+    return "clip" if clips else "image"
 
 
 def is_validation(digest: str, val_fraction: float, seed: int) -> bool:
@@ -380,9 +480,10 @@ def describe_data(listing: Listing) -> dict[str, Any]:
 def summarise(listing: Listing) -> list[str]:
     """What a person should know of a listing before it is worked on: counts, what was ignored, leakage."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
-    lines = [f"{listing.root}: {counts} images, {len(listing.classes)} classes"]
+    noun, article = listing.noun, "a" if listing.clips else "an"
+    lines = [f"{listing.root}: {counts} {noun}s, {len(listing.classes)} classes"]
     if listing.ignored:
-        lines.append(f"ignored, not an image in a class folder: {_name_some(listing.ignored)}")
+        lines.append(f"ignored, not {article} {noun} in a class folder: {_name_some(listing.ignored)}")
     lines += list_doubts(listing)
     if len(listing.classes) == 1:
         lines.append(
@@ -393,13 +494,13 @@ def summarise(listing: Listing) -> list[str]:
 
 def list_doubts(listing: Listing) -> list[str]:
     """Warnings of images that are in two splits, or under two labels."""
-    lines = []
+    lines, noun = [], listing.noun
     if shared := find_shared_images(listing):
         examples = _name_some([" = ".join(paths) for paths in shared.values()])
-        lines.append(f"WARNING: leakage, the same image in more than one split ({len(shared)} in all): {examples}")
+        lines.append(f"WARNING: leakage, the same {noun} in more than one split ({len(shared)} in all): {examples}")
     if two := find_contradictions(listing):
         examples = _name_some([" = ".join(paths) for paths in two.values()])
-        lines.append(f"WARNING: the same image under different labels ({len(two)} in all): {examples}")
+        lines.append(f"WARNING: the same {noun} under different labels ({len(two)} in all): {examples}")
     return lines
 
 
@@ -434,7 +535,7 @@ def _position(digest: str, seed: int) -> float:
 
 
 def split_by_content(
-    rows: Split, classes: Sequence[str], where: str, val_fraction: float, seed: int
+    rows: Split, classes: Sequence[str], where: str, val_fraction: float, seed: int, noun: str = "image"
 ) -> dict[str, Split]:
     """Train and validation rows, stratified in expectation, and by force where a class would have no image in one.
 
@@ -463,8 +564,8 @@ def split_by_content(
         members = np.flatnonzero(rows.labels == label)
         if len(members) < 2:
             raise DatasetError(
-                f"class {name} of {where} has {len(members)} usable image: expected at least 2, one to train on and "
-                f"one to validate; add images"
+                f"class {name} of {where} has {len(members)} usable {noun}: expected at least 2, one to train on and "
+                f"one to validate; add {noun}s"
             )
         if not validation[members].any():
             validation[position == position[members].min()] = True
@@ -480,10 +581,11 @@ def _hash_rows(
     progress: Progress,
     known: KnownFiles | None,
     keep: Callable[[Stats, Digests], None] | None,
+    clips: bool,
 ) -> tuple[dict[str, Split], list[BadImage]]:
     paths = [path for rows in files.values() for path, _ in rows]
     full = [os.path.join(root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
-    digests, stats, reasons = hash_files(full, progress, known, keep)
+    digests, stats, reasons = hash_files(full, progress, known, keep, clips)
     bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     splits, start = {}, 0
     label_of = {name: label for label, name in enumerate(classes)}
@@ -504,26 +606,27 @@ def hash_files(
     progress: Progress = SILENT,
     known: KnownFiles | None = None,
     keep: Callable[[Stats, Digests], None] | None = None,
+    clips: bool = False,
 ) -> tuple[list[str], Stats, list[str]]:
     """Digest of each of N files; stats (N, 4) that prove it later, or zeros; why one cannot be used, "" if it can.
 
     Parameters as of `list_dataset`.
     """
-    stats, reasons = _look_at_all(paths)
+    stats, reasons = _look_at_all(paths, clips)
     digests = known.find(stats) if known else [""] * len(paths)
     todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
-    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep), strict=True):
+    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep, clips), strict=True):
         digests[i], reasons[i] = digest, reason
     return digests, stats, reasons
 
 
-def _look_at_all(paths: Sequence[str]) -> tuple[Stats, list[str]]:
-    """What the file system says of N files, and why one cannot be used ("" if it can)."""
+def _look_at_all(paths: Sequence[str], clips: bool = False) -> tuple[Stats, list[str]]:
+    """What the file system says of N files, or clips, and why one cannot be used ("" if it can)."""
     pieces = [paths[start : start + 256] for start in range(0, len(paths), 256)]
     stats: Stats = np.zeros((len(paths), len(STATS)), np.int64)
     reasons: list[str] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # a network file system answers many at a time
-        for found in pool.map(_look_at, pieces):
+        for found in pool.map(_look_at_clips if clips else _look_at, pieces):
             for values, reason in found:
                 stats[len(reasons)] = values
                 reasons.append(reason)
@@ -536,11 +639,37 @@ def _look_at(paths: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
         try:
             status = os.stat(path)  # noqa: PTH116 - as above
         except OSError as error:  # a dangling link, no permission
-            found.append(((0, 0, 0, 0), f"cannot be read: {error.strerror or error}"))
+            found.append((NO_STATS, f"cannot be read: {error.strerror or error}"))
             continue
         regular = stat.S_ISREG(status.st_mode)  # a pipe would be waited for
         found.append((_pick_stats(status), "" if regular else "not a regular file"))
     return found
+
+
+def _look_at_clips(paths: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+    """As `_look_at`; what is said of a folder's frames is folded into one."""
+    return [_look_at_frames(path) if os.path.isdir(path) else _look_at([path])[0] for path in paths]  # noqa: PTH112
+
+
+def _look_at_frames(folder: str) -> tuple[tuple[int, ...], str]:
+    try:
+        names = list_frames(folder)
+    except DatasetError as error:
+        return NO_STATS, str(error)
+    found = _look_at([os.path.join(folder, name) for name in names])  # noqa: PTH118
+    if unusable := [f"frame {name} {reason}" for name, (_, reason) in zip(names, found, strict=True) if reason]:
+        return NO_STATS, unusable[0]
+    return _fold_stats(names, [values for values, _ in found]), "" if names else "has no frames any more"
+
+
+def _fold_stats(names: Sequence[str], stats: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """One row of stats for a folder of frames: three numbers hashed from all names and stats, around the size in all.
+
+    It is the same only as long as every frame's is, and none comes, goes or is renamed.
+    """
+    text = canonical_json([list(names), [list(values) for values in stats]])
+    first, second, third = np.frombuffer(hashlib.sha256(text.encode()).digest()[:24], "<u8") >> 1
+    return int(first), sum(values[STATS.index("st_size")] for values in stats), int(second), int(third)
 
 
 def _pick_stats(status: os.stat_result) -> tuple[int, ...]:
@@ -552,6 +681,7 @@ def _hash_all(
     rows: Sequence[int],
     progress: Progress,
     keep: Callable[[Stats, Digests], None] | None,
+    clips: bool,
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Digest, stats that prove it later (or zeros) and reason of failure of each of `rows`."""
     fresh: list[tuple[tuple[int, ...], bytes]] = []
@@ -563,9 +693,9 @@ def _hash_all(
             fresh.clear()
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        answers = pool.map(_try_hash, (paths[i] for i in rows))
+        answers = pool.map(_try_hash_clip if clips else _try_hash, (paths[i] for i in rows))
         try:
-            for answer in progress.track(answers, total=len(rows), what="reading"):
+            for answer in progress.track(answers, total=len(rows), what="reading", unit="clip" if clips else "img"):
                 digest, values, _ = answer
                 if any(values):
                     fresh.append((values, digest.encode()))
@@ -589,9 +719,51 @@ def _try_hash(path: str) -> tuple[str, tuple[int, ...], str]:
                 digest.update(piece)
             after = _pick_stats(os.fstat(file.fileno()))
     except OSError as error:
-        return "", (0, 0, 0, 0), f"cannot be read: {error.strerror or error}"
+        return "", NO_STATS, f"cannot be read: {error.strerror or error}"
     settled = before == after and max(after[2:]) + RACY_NS < started
-    return digest.hexdigest(), after if settled else (0, 0, 0, 0), ""
+    return digest.hexdigest(), after if settled else NO_STATS, ""
+
+
+def hash_clip(path: Path | str) -> str:
+    """Digest of a clip as its listing has it: of a video file its bytes', of a folder its frames' names and digests.
+
+    A folder's is the SHA-256 of the lines that `sha256sum` prints of its frames in their order.
+
+    Raises
+    ------
+    ImageError
+        If a file cannot be read.
+    """
+    digest, _, reason = _try_hash_clip(str(path))
+    if reason:
+        raise ImageError(reason)
+    return digest
+
+
+def _try_hash_clip(path: str) -> tuple[str, tuple[int, ...], str]:
+    """As `_try_hash`, of a video file or a folder of frames; settled if every frame is."""
+    if not os.path.isdir(path):  # noqa: PTH112 - as above
+        return _try_hash(path)
+    digest, stats = hashlib.sha256(), []
+    try:
+        names = list_frames(path)
+    except DatasetError as error:
+        return "", NO_STATS, str(error)
+    for name in names:
+        of_frame, values, reason = _try_hash(os.path.join(path, name))  # noqa: PTH118
+        if reason:
+            return "", NO_STATS, f"frame {name} {reason}"
+        digest.update(_write_digest_line(of_frame, name))
+        stats.append(values)
+    if not names:
+        return "", NO_STATS, "has no frames any more"
+    return digest.hexdigest(), _fold_stats(names, stats) if all(map(any, stats)) else NO_STATS, ""
+
+
+def _write_digest_line(digest: str, name: str) -> bytes:
+    """A line as of `sha256sum`: a name with a line break or a backslash is escaped, or it could pass for two."""
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return os.fsencode(f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n")
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:

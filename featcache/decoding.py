@@ -30,6 +30,8 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -61,6 +63,8 @@ CAN_DECODE_APART = os.name == "posix"
 _REQUEST = struct.Struct("<Q")  # bytes of the file, which lie in the shared memory
 _ANSWER = struct.Struct("<cIIQ")  # b"I" for an image or b"E" for a reason, width, height, bytes in the shared memory
 
+Pixels: TypeAlias = tuple[int, int, bytes]  # width, height, RGB row after row; of several pictures one after the other
+
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode one image file's bytes to RGB, by the rules of this module.
@@ -74,9 +78,9 @@ def decode_image(data: bytes) -> Image.Image:
         raise ImageError("empty file (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.width, image.height)
+        check_size(image.width, image.height)
         image.load()
-        return _to_rgb(_orient(image), image.format)
+        return to_rgb(_orient(image), image.format)
     except (ImageError, MemoryError):  # short memory is no fault of the file's
         raise
     except UnidentifiedImageError:
@@ -114,16 +118,28 @@ def decode_apart(data: bytes) -> Image.Image:
     """
     if not CAN_DECODE_APART:
         return decode_image(data)
+    width, height, pixels = ask_apart(data, PROGRAM, DECODE_SECONDS)
+    return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGB", 0, 1)
+
+
+def ask_apart(request: bytes, program: str, seconds: float) -> Pixels:
+    """What a helper process that runs `program` answers within `seconds`; one for each thread in here at a time.
+
+    Raises
+    ------
+    ImageError
+        If that is a reason why there are no pixels; also if the helper crashed twice, or took longer.
+    """
     for attempt in range(TRIES):
-        helper = _take_helper()
+        helper = _take_helper(program)
         try:
-            image = helper.decode(data)
+            pixels = helper.ask(request, seconds)
         except ImageError:
             _idle.append(helper)
             raise
         except TimeoutError:
             helper.close()
-            raise ImageError(f"its decoder did not come to an end within {DECODE_SECONDS:.0f} s") from None
+            raise ImageError(f"its decoder did not come to an end within {seconds:.0f} s") from None
         except OSError:
             code = helper.close()
             if attempt == TRIES - 1:
@@ -133,7 +149,7 @@ def decode_apart(data: bytes) -> Image.Image:
             raise
         else:
             _idle.append(helper)
-            return image
+            return pixels
     raise AssertionError
 
 
@@ -147,17 +163,23 @@ def close_helpers() -> None:
 class Helper:
     """A process that decodes one file after the other; files and pixels go through memory that both share.
 
+    Parameters
+    ----------
+    program
+        What it runs: Python that calls `serve`.
+
     Raises
     ------
     OSError
         If it cannot be started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: str) -> None:
+        self.program = program
         self._memory = SharedMemory(_make_shared_file())
-        program = f"import sys; sys.path[:] = {sys.path!r}; {PROGRAM}"
+        code = f"import sys; sys.path[:] = {sys.path!r}; {program}"
         self._process = subprocess.Popen(  # noqa: S603 - it is this very Python
-            [sys.executable, "-c", program, str(self._memory.descriptor)],
+            [sys.executable, "-c", code, str(self._memory.descriptor)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -170,19 +192,19 @@ class Helper:
         assert self._process.stdout
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
-    def decode(self, data: bytes) -> Image.Image:
-        """RGB image of a file's bytes.
+    def ask(self, request: bytes, seconds: float) -> Pixels:
+        """What it makes of a request: of a file's bytes, the pixels.
 
         Raises
         ------
         ImageError
-            If they are not a usable image.
+            If there is nothing usable.
         TimeoutError, OSError
             If the process did not answer in time, or died.
         """
-        self._memory.write(data)
-        self._requests.write(_REQUEST.pack(len(data)))
-        _wait_for(self._answers.fileno(), DECODE_SECONDS)
+        self._memory.write(request)
+        self._requests.write(_REQUEST.pack(len(request)))
+        _wait_for(self._answers.fileno(), seconds)
         header = self._answers.read(_ANSWER.size)
         if len(header) < _ANSWER.size:
             raise BrokenPipeError
@@ -190,7 +212,7 @@ class Helper:
         answer = self._memory.read(size)
         if kind == b"E":
             raise ImageError(answer.decode("utf-8"))
-        return Image.frombuffer("RGB", (width, height), answer, "raw", "RGB", 0, 1)
+        return width, height, answer
 
     def close(self) -> int:
         """Kill the process; give its exit code."""
@@ -246,11 +268,12 @@ if hasattr(os, "register_at_fork"):  # a forked process must not talk to its par
     os.register_at_fork(after_in_child=_idle.clear)
 
 
-def _take_helper() -> Helper:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return Helper()
+def _take_helper(program: str) -> Helper:
+    for helper in [helper for helper in _idle if helper.program == program]:
+        with contextlib.suppress(ValueError):  # another thread took it
+            _idle.remove(helper)
+            return helper
+    return Helper(program)
 
 
 def _make_shared_file() -> int:
@@ -277,7 +300,13 @@ def _wait_for(descriptor: int, seconds: float) -> None:
         raise TimeoutError
 
 
-def serve() -> None:
+def decode_pixels(data: bytes) -> Pixels:
+    """`decode_image`, as a helper answers it."""
+    image = decode_image(data)
+    return image.width, image.height, image.tobytes()
+
+
+def serve(decode: Callable[[bytes], Pixels] = decode_pixels) -> None:
     """What a helper does: requests from stdin, answers to stdout, until stdin ends."""
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -288,22 +317,22 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory = SharedMemory(int(sys.argv[1]))
     while len(header := requests.read(_REQUEST.size)) == _REQUEST.size:
-        kind, width, height, answer = _answer(memory.read(*_REQUEST.unpack(header)))
+        kind, width, height, answer = _answer(decode, memory.read(*_REQUEST.unpack(header)))
         memory.write(answer)
         answers.write(_ANSWER.pack(kind, width, height, len(answer)))
 
 
-def _answer(data: bytes) -> tuple[bytes, int, int, bytes]:
+def _answer(decode: Callable[[bytes], Pixels], request: bytes) -> tuple[bytes, int, int, bytes]:
     try:
-        image = decode_image(data)
-        return b"I", image.width, image.height, image.tobytes()
+        return b"I", *decode(request)
     except ImageError as error:
         return b"E", 0, 0, str(error).encode("utf-8", errors="backslashreplace")
     except MemoryError:
         return b"E", 0, 0, b"needs more memory than there is"
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
+    """Raise an ImageError if a picture of this size is too large, or would be once it is resized."""
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} is more than {MAX_PIXELS:,} pixels")
     short, long = sorted((width, height))
@@ -319,7 +348,7 @@ def _orient(image: Image.Image) -> Image.Image:
     return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 
 
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     """Any mode that Pillow decodes to 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

@@ -1,6 +1,7 @@
 """Files to batches: path -> bytes -> decoded RGB image -> transformed batch (B, 3, H, W) float32.
 
-Knows no labels' meaning, no network and no cache; what decoding does is `featcache.decoding`'s.
+Of clips: path -> T frames -> (B, 3, T, H, W). Knows no labels' meaning, no network and no cache; what decoding does is
+`featcache.decoding`'s and `featcache.clips`'s.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from featcache.clips import CLIP_RULES, decode_clip
 from featcache.config import CHOICES
+from featcache.dataset import hash_clip
 from featcache.decoding import RULES, decode_safely
 from featcache.errors import BadImage, ImageError, SettingsError
 from featcache.files import hash_bytes
 
-Transform: TypeAlias = Callable[[Image.Image], Tensor]
+PictureTransform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Preprocessing:
     mean, std
         Per channel, in the order of `channels`, of pixel values scaled to [0, 1].
     decoding
-        The rules of this module, in words.
+        The rules of decoding, in words; those of clips where there are frames.
     channels
         "RGB", "BGR" or "L" (grey): what the network's first axis means.
     frames
@@ -58,6 +61,10 @@ class Preprocessing:
     decoding: str = RULES
     channels: str = "RGB"
     frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frames and self.decoding == RULES:
+            object.__setattr__(self, "decoding", CLIP_RULES)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,12 +84,11 @@ class Preprocessing:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """From what `to_json` gave."""
-        plain: dict[str, Any] = {
-            name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()
-        }
+        plain: dict[str, Any] = {name: freeze_list(entry) for name, entry in value.items()}
         return cls(**plain)
 
 
+CHANGED = "changed while it was being worked on; run the same command again"
 USUAL = {"channels": "RGB", "frames": 0}
 
 
@@ -207,7 +213,7 @@ class Batch:
     rows
         (B,) int64, positions in the list of paths that was asked for.
     images
-        (B, 3, H, W) float32.
+        (B, 3, H, W) float32; of clips (B, 3, T, H, W).
     labels
         (B,) int64.
     bad
@@ -227,38 +233,84 @@ class Batch:
         return Batch(self.rows, self.images.pin_memory(), self.labels.pin_memory(), self.bad)
 
 
+@dataclass(frozen=True)
+class ClipTransform:
+    """The transform of a picture for each frame of a clip: T RGB images -> (3, T, H, W) float32.
+
+    `ImageRows` with such a transform decodes clips.
+
+    Attributes
+    ----------
+    frames
+        How many a clip has to be decoded to.
+    picture
+        What happens to each.
+    one_draw
+        Whether all of them meet the same chance: a crop that jumps about is no motion.
+    """
+
+    frames: int
+    picture: PictureTransform
+    one_draw: bool = False
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """The frames' tensors along a new second axis."""
+        drawn = torch.get_rng_state() if self.one_draw else None
+        tensors = []
+        for image in images:
+            if drawn is not None:
+                torch.set_rng_state(drawn)
+            tensors.append(self.picture(image))
+        return torch.stack(tensors, dim=1)
+
+
+Transform: TypeAlias = PictureTransform | ClipTransform
+
+
 def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize, crop the middle, scale, normalise: RGB image -> (3, H, W) float32, the same every time."""
+    """Resize, crop the middle, scale, normalise: RGB image -> (3, H, W) float32, the same every time.
+
+    Of a clip every frame, to (3, T, H, W). Torchvision's own preset of its video networks resizes tensors without
+    antialiasing; here Pillow resizes, antialiased, as it does pictures. On frames that are much larger than what the
+    network sees this is smoother.
+    """
     mode = transforms.InterpolationMode(preprocessing.interpolation)
-    transform: Transform = transforms.Compose(
+    transform: PictureTransform = transforms.Compose(
         [
             transforms.Resize(preprocessing.resize, interpolation=mode),
             transforms.CenterCrop(preprocessing.crop),
             *_to_normalised_tensor(preprocessing),
         ]
     )
-    return transform
+    return ClipTransform(preprocessing.frames, transform) if preprocessing.frames else transform
 
 
 def make_training_transform(preprocessing: Preprocessing) -> Transform:
     """A random crop of random size, perhaps mirrored: RGB image -> (3, crop, crop) float32.
 
+    Of a clip all frames alike, to (3, T, crop, crop).
+
     Source: the classic recipe, RandomResizedCrop and RandomHorizontalFlip of
     https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html.
     """
     mode = transforms.InterpolationMode(preprocessing.interpolation)
-    transform: Transform = transforms.Compose(
+    transform: PictureTransform = transforms.Compose(
         [
             transforms.RandomResizedCrop(preprocessing.crop, interpolation=mode),
             transforms.RandomHorizontalFlip(),
             *_to_normalised_tensor(preprocessing),
         ]
     )
-    return transform
+    return ClipTransform(preprocessing.frames, transform, one_draw=True) if preprocessing.frames else transform
 
 
 def denormalise(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Network input (B, 3, H, W) back to pictures for people, (B, H, W, 3) float32 in [0, 1]."""
+    """Network input (B, 3, H, W) back to pictures for people, (B, H, W, 3) float32 in [0, 1].
+
+    Of clips (B, 3, T, H, W) the frame in the middle, T // 2.
+    """
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
     mean = torch.tensor(preprocessing.mean)[:, None, None]
     std = torch.tensor(preprocessing.std)[:, None, None]
     pictures = (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
@@ -272,6 +324,8 @@ def denormalise(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any,
 class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     """Decodes and transforms the image of a row when asked for it; an unusable one gives its reason instead.
 
+    With a `ClipTransform` a row is a clip: a video file or a folder of frames.
+
     Parameters
     ----------
     root
@@ -281,9 +335,10 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     labels
         (N,) integers, or None where nobody asks.
     transform
-        RGB image -> tensor.
+        RGB image -> tensor, or RGB images -> tensor.
     digests
-        N SHA-256 digests that the files' bytes must have, or None: a file that changed meanwhile is a bad one.
+        N SHA-256 digests that the files' bytes must have, or None: a file that changed meanwhile is a bad one. Of a
+        folder of frames all are read for it.
     """
 
     def __init__(
@@ -309,13 +364,29 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
             return row, str(error), label
 
     def _load(self, row: int) -> Tensor:
+        if isinstance(self.transform, ClipTransform):
+            return self.transform(self._load_clip(row, self.transform.frames))
         try:
             data = (self.root / self.paths[row]).read_bytes()
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if self.digests is not None and hash_bytes(data) != self.digests[row]:
-            raise ImageError("changed while it was being worked on; run the same command again")
+            raise ImageError(CHANGED)
         return self.transform(decode_safely(data))
+
+    def _load_clip(self, row: int, frames: int) -> list[Image.Image]:
+        path = self.root / self.paths[row]
+        try:
+            images = decode_clip(path, frames)
+        except ImageError:
+            self._check_clip(row)  # what changed meanwhile is not damaged
+            raise
+        self._check_clip(row)  # after decoding, which reads the file by itself: it was the same all the while
+        return images
+
+    def _check_clip(self, row: int) -> None:
+        if self.digests is not None and hash_clip(self.root / self.paths[row]) != self.digests[row]:
+            raise ImageError(CHANGED)
 
     def collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
         """Stack the usable rows and name the others."""
@@ -375,10 +446,11 @@ def count_cores() -> int:
 
 
 def make_checking_loader(
-    root: Path, paths: Sequence[str], *, workers: int | None = None, batch_size: int = 32
+    root: Path, paths: Sequence[str], *, workers: int | None = None, batch_size: int = 32, frames: int = 0
 ) -> Iterable[Batch]:
-    """A loader that only decodes: its batches' `bad` are the files that cannot be used."""
-    return make_loader(ImageRows(root, paths, transform=_nothing), batch_size=batch_size, workers=workers)
+    """A loader that only decodes, images or so many frames of clips: its batches' `bad` are what cannot be used."""
+    transform = ClipTransform(frames, _nothing) if frames else _nothing
+    return make_loader(ImageRows(root, paths, transform=transform), batch_size=batch_size, workers=workers)
 
 
 def _nothing(image: Image.Image) -> Tensor:

@@ -14,20 +14,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featcache import dataset
 from featcache.dataset import (
+    CLIP_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    KnownFiles,
     Listing,
     Split,
     dataset_fingerprint,
     describe_data,
     find_shared_images,
+    hash_clip,
+    is_clip_name,
     is_image_name,
     is_validation,
+    list_changed,
+    list_clips,
     list_dataset,
+    list_frames,
     list_images,
     summarise,
 )
-from featcache.errors import BadImage, DatasetError
+from featcache.errors import BadImage, DatasetError, ImageError
 from featcache.progress import Progress
 
 DIGESTS = st.binary(min_size=1, max_size=8).map(lambda data: hashlib.sha256(data).hexdigest())
@@ -591,3 +599,212 @@ def test_a_single_class_is_said_loudly(photos: Path) -> None:
     for split in ("train", "val"):
         shutil.rmtree(photos / split / "red")
     assert any("only one class, blue" in line for line in summarise(list_dataset(photos)))
+
+
+# Clips
+
+
+@pytest.fixture
+def clip_data(tmp_path: Path) -> Path:
+    """DATA/{train,val}/{run,walk}: a video file, a folder of 11 frames and one of 2, deeper."""
+    root = tmp_path / "clips"
+    for split in ("train", "val"):
+        for label in ("run", "walk"):
+            folder = root / split / label
+            put(folder / "a.mp4")
+            for i in range(11):
+                put(folder / "b" / f"frame{i}.jpg")
+            for i in range(2):
+                put(folder / "deep" / "c.avi" / f"{i}.PNG")
+    return root
+
+
+@pytest.mark.parametrize("extension", CLIP_EXTENSIONS)
+def test_a_clips_extension_counts_in_any_case(extension: str) -> None:
+    assert is_clip_name(f"a{extension}")
+    assert is_clip_name(f"A.B{extension.upper()}")
+    assert not is_clip_name(f".a{extension}")
+
+
+def test_clips_are_video_files_and_folders_of_frames(clip_data: Path) -> None:
+    listing = list_dataset(clip_data, clips=True)
+    paths = tuple(f"val/{label}/{name}" for label in ("run", "walk") for name in ("a.mp4", "b", "deep/c.avi"))
+    assert listing.splits["val"].paths == paths
+    assert listing.splits["val"].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (listing.clips, listing.noun, listing.ignored) == (True, "clip", ())
+    assert listing.splits["val"].digests[0] == hashlib.sha256((clip_data / "val/run/a.mp4").read_bytes()).hexdigest()
+
+
+def test_a_flat_folder_of_clips_is_split_by_content(clip_data: Path) -> None:
+    listing = list_dataset(clip_data / "train", clips=True)
+    assert sorted(listing.paths()) == sorted(f"{c}/{n}" for c in ("run", "walk") for n in ("a.mp4", "b", "deep/c.avi"))
+
+
+def test_the_digest_of_a_folder_is_of_what_sha256sum_prints_of_its_frames(clip_data: Path) -> None:
+    folder = clip_data / "train/run/b"
+    names = [f"frame{i}.jpg" for i in range(11)]
+    assert list_frames(folder) == names
+    lines = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    assert list_dataset(clip_data, clips=True).splits["train"].digests[1] == digest == hash_clip(folder)
+
+
+def test_a_frames_name_cannot_pass_for_two_frames(tmp_path: Path) -> None:
+    put(tmp_path / "two/a.jpg", "a")
+    put(tmp_path / "two/b.jpg", "b")
+    put(tmp_path / "one" / f"a.jpg\n{hashlib.sha256(b'b').hexdigest()}  b.jpg", "a")
+    assert hash_clip(tmp_path / "one") != hash_clip(tmp_path / "two")
+
+
+@pytest.mark.parametrize("change", ["content", "name", "one more", "one less", "order"])
+def test_the_digest_of_a_folder_changes_with(clip_data: Path, change: str) -> None:
+    folder = clip_data / "train/run/b"
+    before = hash_clip(folder)
+    first, second = (folder / name for name in list_frames(folder)[:2])
+    if change == "content":
+        put(first, "other")
+    elif change == "name":
+        first.rename(folder / "frame.jpg")
+    elif change == "one more":
+        put(folder / "frame99.jpg")
+    elif change == "one less":
+        second.unlink()
+    else:
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+    assert hash_clip(folder) != before
+
+
+@pytest.mark.parametrize("stray", ["still.jpg", "notes.txt", "b/notes.txt", ".a.mp4", "b/.frame.jpg"])
+def test_what_is_no_clip_and_no_frame_is_ignored(clip_data: Path, stray: str) -> None:
+    put(clip_data / "train/run" / stray)
+    listing = list_dataset(clip_data, clips=True)
+    assert (len(listing), listing.ignored) == (12, (f"train/run/{stray}",))
+    assert summarise(listing) == [
+        f"{clip_data}: 6 train, 6 val clips, 2 classes",
+        f"ignored, not a clip in a class folder: train/run/{stray}",
+    ]
+
+
+def test_a_clip_in_two_splits_leaks(clip_data: Path) -> None:
+    shutil.copytree(clip_data / "train/run/b", clip_data / "val/run/again")
+    (line,) = summarise(list_dataset(clip_data, clips=True))[1:]
+    assert line.startswith("WARNING: leakage, the same clip in more than one split")
+    assert "train/run/b = val/run/again" in line
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dangling"])
+def test_a_frame_that_cannot_be_read_makes_its_clip_a_bad_one(clip_data: Path, kind: str) -> None:
+    frame = clip_data / "train/run/b/frame3.jpg"
+    frame.unlink()
+    if kind == "pipe":
+        os.mkfifo(frame)
+    else:
+        frame.symlink_to("nowhere")
+    reason = {"pipe": "not a regular file", "dangling": "cannot be read: No such file or directory"}[kind]
+    listing = list_dataset(clip_data, clips=True)
+    assert listing.bad == (BadImage("train/run/b", f"frame frame3.jpg {reason}"),)
+    assert listing.splits["train"].paths[:2] == ("train/run/a.mp4", "train/run/deep/c.avi")
+    assert listing.without(listing.bad).clips
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_listing_of_images_and_one_of_clips_know_the_other(tmp_path: Path, clips: bool) -> None:
+    for split in ("train", "val"):
+        for label in ("run", "walk"):
+            put(tmp_path / split / label / ("a.jpg" if clips else "a.mp4"))
+    expected = {
+        True: r"train/run has no clips: .* found 1 images directly in it; use an image backbone such as resnet18",
+        False: r"train/run has no images: .* found 1 that look like video files; use a video backbone such as r3d_18",
+    }
+    with pytest.raises(DatasetError, match=expected[clips]):
+        list_dataset(tmp_path, clips=clips)
+
+
+def test_an_empty_class_of_clips_says_what_is_expected(clip_data: Path) -> None:
+    put(clip_data / "train/swim/readme.txt")
+    with pytest.raises(DatasetError, match=r"swim has no clips: expected video files ending in .mp4 .* or folders of"):
+        list_dataset(clip_data, clips=True)
+    with pytest.raises(DatasetError, match=r"no class folders: expected .*<class>/<clip>, found 1 clips directly"):
+        list_dataset(put(clip_data / "lone/a.gif").parent, clips=True)
+
+
+def test_a_class_without_a_usable_clip_is_named(clip_data: Path) -> None:
+    listing = list_dataset(clip_data, clips=True)
+    bad = [BadImage(path, "damaged") for path in listing.splits["val"].paths[:3]]
+    with pytest.raises(DatasetError, match="has no clip of class run; add clips"):
+        listing.without(bad)
+
+
+def test_list_clips_finds_all_clips_below_a_folder_and_the_folder_itself(clip_data: Path) -> None:
+    run = clip_data / "train/run"
+    assert list_clips(run) == [str(run / name) for name in ("a.mp4", "b", "deep/c.avi")]
+    assert list_clips(run / "b") == [str(run / "b")]
+    assert list_clips(run / "deep") == [str(run / "deep/c.avi")]
+
+
+def settle(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time goes on until no file's time stamp could still be given again."""
+    now = max(path.stat().st_ctime_ns for path in root.rglob("*")) + 10 * dataset.RACY_NS
+    monkeypatch.setattr(dataset.time, "time_ns", lambda: now)
+
+
+def know_clips(listing: Listing) -> KnownFiles:
+    splits = listing.splits.values()
+    return KnownFiles(
+        np.concatenate([split.stats for split in splits]),
+        np.concatenate([np.array(split.digests, "S64") for split in splits]),
+    )
+
+
+def test_settled_clips_are_not_read_again(clip_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(clip_data, monkeypatch)
+    first = list_dataset(clip_data, clips=True)
+    assert all(split.stats.any(axis=1).all() for split in first.splits.values())
+    assert first.splits["train"].stats[1][1] == sum(p.stat().st_size for p in (clip_data / "train/run/b").iterdir())
+    monkeypatch.setattr(dataset, "_try_hash", pytest.fail)
+    again = list_dataset(clip_data, clips=True, known=know_clips(first))
+    assert [split.digests for split in again.splits.values()] == [split.digests for split in first.splits.values()]
+    assert list_changed(again) == []
+
+
+def test_a_clip_is_not_trusted_while_one_of_its_frames_is_fresh(
+    clip_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle(clip_data, monkeypatch)
+    frame = clip_data / "train/run/b/frame3.jpg"
+    os.utime(frame, ns=(0, dataset.time.time_ns()))
+    stats = list_dataset(clip_data, clips=True).splits["train"].stats
+    assert stats.any(axis=1).tolist() == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("change", ["content", "name", "one more", "one less"])
+def test_a_changed_frame_changes_its_clip_and_no_other(
+    clip_data: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    settle(clip_data, monkeypatch)
+    first = list_dataset(clip_data, clips=True)
+    folder = clip_data / "train/run/b"
+    if change == "content":
+        kept = (folder / "frame3.jpg").stat()
+        put(folder / "frame3.jpg", "x" * kept.st_size)
+        os.utime(folder / "frame3.jpg", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    elif change == "name":
+        (folder / "frame3.jpg").rename(folder / "frame3b.jpg")
+    elif change == "one more":
+        put(folder / "frame99.jpg")
+    else:
+        (folder / "frame3.jpg").unlink()
+    assert list_changed(first) == ["train/run/b"]
+    again = list_dataset(clip_data, clips=True, known=know_clips(first))
+    differs = [a != b for a, b in zip(first.splits["train"].digests, again.splits["train"].digests, strict=True)]
+    assert differs == [False, True, False, False, False, False]
+
+
+def test_a_clip_that_goes_is_one_that_cannot_be_read(clip_data: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read: No such file"):
+        hash_clip(clip_data / "nowhere")
+    (clip_data / "empty").mkdir()
+    with pytest.raises(ImageError, match="has no frames any more"):
+        hash_clip(clip_data / "empty")

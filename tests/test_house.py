@@ -22,7 +22,8 @@ NOUNS: dict[str, set[str]] = {
     "dataset": set(),
     "decoding": set(),
     "fetching": set(),
-    "images": {"decoding"},  # an image from a file's bytes
+    "clips": {"dataset", "decoding"},  # the order of a folder's frames; a frame from a file's bytes, the helpers
+    "images": {"clips", "dataset", "decoding"},  # frames of a clip; the digest it must have; an image from bytes
     "metrics": set(),
     "training": set(),
     "plots": set(),
@@ -37,7 +38,8 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"decoding", "images"},
+    "PIL": {"clips", "decoding", "images"},
+    "av": {"clips"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
     "matplotlib": {"plots"},

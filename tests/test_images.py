@@ -19,11 +19,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
-from featcache.decoding import MAX_PIXELS, decode_image
+from featcache.clips import CLIP_RULES, choose_frames
+from featcache.dataset import hash_clip
+from featcache.decoding import MAX_PIXELS, RULES, decode_image
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
 from featcache.images import (
     Batch,
+    ClipTransform,
     ImageRows,
     Preprocessing,
     choose_workers,
@@ -607,3 +610,118 @@ def test_enlarge_keeps_the_picture_and_frames_it_white() -> None:
     assert (picture.mode, picture.size) == ("RGB", (200, 200))
     assert picture.getpixel((100, 100)) == (0, 0, 0)
     assert picture.getpixel((0, 0)) == (255, 255, 255)
+
+
+# Clips
+
+CLIP = Preprocessing(resize=(20, 24), crop=16, mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), frames=4)
+
+
+def make_frames(folder: Path, n: int = 6, size: tuple[int, int] = (48, 40)) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(n):
+        draw_photo((40 * i, 100, 250 - 40 * i), i, size).save(folder / f"f{i}.png")
+    return folder
+
+
+def test_every_frame_of_a_clip_meets_the_transform_of_a_picture(tmp_path: Path) -> None:
+    folder = make_frames(tmp_path / "clip")
+    rows = ImageRows(tmp_path, ["clip"], transform=make_evaluation_transform(CLIP), digests=[hash_clip(folder)])
+    _, clip, _ = rows[0]
+    assert isinstance(clip, torch.Tensor)
+    assert (clip.shape, clip.dtype) == (CLIP.input_shape, torch.float32)
+    of_picture = transforms.Compose(
+        [
+            transforms.Resize((20, 24)),
+            transforms.CenterCrop(16),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP.mean, CLIP.std),
+        ]
+    )
+    for t, i in enumerate(choose_frames(6, 4)):
+        torch.testing.assert_close(clip[:, t], of_picture(Image.open(folder / f"f{i}.png")), rtol=0, atol=0)
+
+
+def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike_and_each_time_otherwise() -> None:
+    transform = make_training_transform(CLIP)
+    image = draw_photo((200, 50, 40), 1)
+    torch.manual_seed(0)
+    clips = [transform([image] * 4) for _ in range(12)]
+    for clip in clips:
+        assert clip.shape == CLIP.input_shape
+        for t in range(1, 4):
+            assert torch.equal(clip[:, t], clip[:, 0])
+    assert len({clip.numpy().tobytes() for clip in clips}) == 12
+
+
+def test_a_clips_draw_is_that_of_a_picture() -> None:
+    of_picture = make_training_transform(
+        Preprocessing(**{**CLIP.to_json(), "frames": 0, "resize": CLIP.resize, "mean": CLIP.mean, "std": CLIP.std})
+    )
+    image = draw_photo((200, 50, 40), 1)
+    torch.manual_seed(3)
+    clip, after = make_training_transform(CLIP)([image] * 4), torch.rand(1)
+    torch.manual_seed(3)
+    picture = of_picture(image)
+    assert torch.equal(clip[:, 2], picture)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_evaluation_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    make_evaluation_transform(CLIP)([draw_photo((200, 50, 40), 1)] * 4)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_clips_have_their_own_rules_of_decoding_in_every_key() -> None:
+    assert (SMALL.decoding, CLIP.decoding) == (RULES, CLIP_RULES)
+    assert Preprocessing.from_json(json.loads(json.dumps(CLIP.to_json()))) == CLIP
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_and_bad_ones_keep_their_rows(tmp_path: Path, workers: int) -> None:
+    paths = []
+    for i in range(5):
+        make_frames(tmp_path / f"clip{i}", n=i + 1)
+        paths.append(f"clip{i}")
+    (tmp_path / "clip2/f1.png").write_bytes(b"")
+    (tmp_path / "clip4").rename(tmp_path / "gone")
+    rows = ImageRows(tmp_path, paths, transform=make_evaluation_transform(CLIP), labels=[5, 6, 7, 8, 9])
+    batches = list(make_loader(rows, batch_size=3, workers=workers))
+    assert [batch.rows.tolist() for batch in batches] == [[0, 1], [3]]
+    assert [batch.labels.tolist() for batch in batches] == [[5, 6], [8]]
+    assert [tuple(batch.images.shape) for batch in batches] == [(2, *CLIP.input_shape), (1, *CLIP.input_shape)]
+    bad = [BadImage("clip2", "frame f1.png: empty file (0 bytes)")]
+    bad.append(BadImage("clip4", "cannot be read: No such file or directory"))
+    assert [item for batch in batches for item in batch.bad] == bad
+    checked = make_checking_loader(tmp_path, paths, workers=workers, frames=4)
+    assert [item for batch in checked for item in batch.bad] == bad
+
+
+@pytest.mark.parametrize("change", ["content of a frame that is not wanted", "one more", "damaged"])
+def test_a_clip_that_changed_is_a_bad_one(tmp_path: Path, change: str) -> None:
+    folder = make_frames(tmp_path / "clip")
+    rows = ImageRows(tmp_path, ["clip"], transform=make_evaluation_transform(CLIP), digests=[hash_clip(folder)])
+    unwanted = next(i for i in range(6) if i not in choose_frames(6, 4))
+    if change == "one more":
+        draw_photo((1, 2, 3), 9).save(folder / "f9.png")
+    elif change == "damaged":
+        (folder / "f0.png").write_bytes(b"no image")
+    else:
+        draw_photo((1, 2, 3), 9).save(folder / f"f{unwanted}.png")
+    assert rows[0][1] == "changed while it was being worked on; run the same command again"
+
+
+def test_a_clip_becomes_the_picture_of_its_middle_frame() -> None:
+    clip = torch.randn(2, 3, 5, 8, 6).clamp(-1, 1)
+    pictures = denormalise(clip, CLIP)
+    assert (pictures.shape, pictures.dtype) == ((2, 8, 6, 3), np.float32)
+    np.testing.assert_array_equal(pictures, denormalise(clip[:, :, 2], CLIP))
+
+
+def test_frames_of_different_sizes_become_one_clip() -> None:
+    images = [draw_photo((200, 50, 40), i, size) for i, size in enumerate([(48, 40), (30, 60), (48, 40), (20, 20)])]
+    for make in (make_evaluation_transform, make_training_transform):
+        transform = make(CLIP)
+        assert isinstance(transform, ClipTransform)
+        assert transform(images).shape == CLIP.input_shape

@@ -571,8 +571,8 @@ def test_a_known_file_that_became_a_fifo_is_bad(data: Path, clock: Clock) -> Non
 def test_a_file_that_goes_while_the_listing_is_made_is_bad(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = dataset._look_at_all
 
-    def look(paths: list[str]) -> tuple[Stats, list[str]]:
-        found = original(paths)
+    def look(paths: list[str], clips: bool) -> tuple[Stats, list[str]]:
+        found = original(paths, clips)
         (data / FILE).unlink()
         return found
 

@@ -517,6 +517,7 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
 
 
 def _is_size(value: Any) -> bool:
+    """Whether it is a side in pixels, or a height and a width."""
     sides = value if isinstance(value, list) and len(value) == 2 else [value]
     return all(isinstance(side, int) for side in sides)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from featcache import files
 from featcache.backbones import Backbone, attach_classifier, load_backbone
 from featcache.bundle import save_network
+from featcache.clips import check_video_support
 from featcache.config import RUNS_DIR, FinetuneConfig
-from featcache.dataset import Listing, Split, describe_data, list_dataset, summarise
+from featcache.dataset import Listing, Split, check_root, describe_data, list_dataset, summarise
 from featcache.errors import BadImage, BadImagesError, DatasetError
 from featcache.images import (
     ImageRows,
@@ -142,12 +143,11 @@ def finetune(
     settings, given = take_backbone(settings)
     config, output = FinetuneConfig(**settings), Path(output)
     files.check_folder_writable(output.parent, output)
-    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress)
-    for line in summarise(listing):
-        progress.say(line)
+    check_root(Path(data))
     device = select_device(config.device)
     backbone = given or load_backbone(config.backbone, weights=config.weights, seed=config.seed, progress=progress)
-    listing, bad = leave_out_bad(listing, config, progress)
+    listing = list_samples(data, backbone, config, progress)
+    listing, bad = leave_out_bad(listing, backbone, config, progress)
     extractor = backbone.describe()
     identity = identify("finetune", config.result_settings(), describe_data(listing), extractor)
     if decide_run(output, identity, force=config.force) == "reuse":
@@ -186,7 +186,20 @@ def finetune(
     return Run(folder=output, record=record, left_out=tuple(bad))
 
 
-def leave_out_bad(listing: Listing, config: FinetuneConfig, progress: Progress) -> tuple[Listing, list[BadImage]]:
+def list_samples(data: Path | str, backbone: Backbone, config: FinetuneConfig, progress: Progress) -> Listing:
+    """The images, or the clips, that the backbone takes."""
+    clips = backbone.preprocessing.frames > 0
+    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress, clips=clips)
+    for line in summarise(listing):
+        progress.say(line)
+    if clips:
+        check_video_support(str(listing.root / path) for path in listing.paths())
+    return listing
+
+
+def leave_out_bad(
+    listing: Listing, backbone: Backbone, config: FinetuneConfig, progress: Progress
+) -> tuple[Listing, list[BadImage]]:
     """Decode every image once, so that a bad one is known now and not in the middle of an epoch.
 
     Raises
@@ -194,7 +207,9 @@ def leave_out_bad(listing: Listing, config: FinetuneConfig, progress: Progress) 
     BadImagesError
         If there are bad ones and `skip_bad` is not set.
     """
-    loader = make_checking_loader(listing.root, listing.paths(), workers=config.workers)
+    loader = make_checking_loader(
+        listing.root, listing.paths(), workers=config.workers, frames=backbone.preprocessing.frames
+    )
     bad = list(listing.bad)
     for batch in progress.track(loader, total=len(listing), what="checking images"):
         bad += batch.bad

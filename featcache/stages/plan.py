@@ -27,6 +27,7 @@ from featcache.cache import (
     read_known_files,
     verify_cache,
 )
+from featcache.clips import check_video_support
 from featcache.config import ExtractConfig, is_imported
 from featcache.dataset import (
     Digests,
@@ -138,7 +139,7 @@ def plan_extraction(
         check_complete(cache, path)
         if not can_serve(cache.extractor, extractor):
             raise StaleCacheError(f"{path} cannot be reused: {describe_differences(cache.extractor, extractor)}")
-    listing = _list_images(data, output, old, config, progress, keep)
+    listing = _list_images(data, output, old, config, progress, keep, backbone.preprocessing.frames > 0)
     same = old is not None and old.key == hash_extractor(extractor)
     usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
     sources = {**({output: old} if old and usable else {}), **others}
@@ -197,7 +198,13 @@ def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, A
 
 
 def _list_images(
-    data: Path | str, output: Path, old: FeatureCache | None, config: ExtractConfig, progress: Progress, keep: bool
+    data: Path | str,
+    output: Path,
+    old: FeatureCache | None,
+    config: ExtractConfig,
+    progress: Progress,
+    keep: bool,
+    clips: bool,
 ) -> Listing:
     """The data set, files read only where nothing is known of them."""
 
@@ -211,7 +218,10 @@ def _list_images(
         progress=progress,
         known=None if config.rehash else _find_known_files(output, old),
         keep=keep_stats if keep else None,
+        clips=clips,
     )
+    if clips:
+        check_video_support(str(listing.root / path) for path in listing.paths())
     for line in summarise(listing):
         progress.say(line)
     return listing

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from featcache.bundle import load_classifier
-from featcache.dataset import list_images
+from featcache.dataset import list_clips, list_images
 from featcache.errors import BadImage, BadImagesError, DatasetError
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
@@ -68,9 +68,10 @@ def predict(
     >>> predictions[0].label                                               # doctest: +SKIP
     'bees'
     """
-    paths = expand_paths(images)
+    check_present(images)
     chosen_device = select_device(device)
-    classifier = load_classifier(run)
+    classifier = load_classifier(run, progress=progress)
+    paths = expand_paths(images, clips=classifier.preprocessing.frames > 0)
     probabilities, bad = classifier.predict_files(
         paths, device=chosen_device, batch_size=batch_size, workers=workers, progress=progress
     )
@@ -84,23 +85,29 @@ def predict(
     return predictions, bad
 
 
-def expand_paths(images: Sequence[Path | str]) -> list[str]:
-    """Files as given, and the images of folders.
+def check_present(images: Sequence[Path | str]) -> None:
+    """Raise a DatasetError if a path does not exist, or is a folder without anything to predict."""
+    for image in map(Path, images):
+        if not image.exists():
+            raise DatasetError(f"no image at {image}: expected a file, or a folder of images")
+        if image.is_dir() and not list_images(image) and not list_clips(image):
+            raise DatasetError(f"{image} holds no image; expected image files, or a folder of them")
+
+
+def expand_paths(images: Sequence[Path | str], *, clips: bool = False) -> list[str]:
+    """Files as given, and the images of folders; or their clips, of which a folder of frames is one.
 
     Raises
     ------
     DatasetError
-        If a path does not exist, or a folder holds no image.
+        If a folder holds none.
     """
     paths: list[str] = []
     for image in map(Path, images):
+        inside = [str(image)]
         if image.is_dir():
-            inside = list_images(image)
-            if not inside:
-                raise DatasetError(f"{image} holds no image; expected image files, or a folder of them")
-            paths += inside
-        elif image.exists():
-            paths.append(str(image))
-        else:
-            raise DatasetError(f"no image at {image}: expected a file, or a folder of images")
+            inside = list_clips(image) if clips else list_images(image)
+        if not inside:
+            raise DatasetError(f"{image} holds no {'clip' if clips else 'image'}, which this classifier is for")
+        paths += inside
     return paths
