@@ -9,11 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featcache.backbones import Backbone, list_backbones, load_backbone
+    from featcache.backbones import Backbone, list_backbones, load_backbone, wrap_network
     from featcache.bundle import Classifier, load_classifier
     from featcache.cache import FeatureCache, Verification, open_cache, read_cache, verify_cache
     from featcache.dataset import Listing, list_dataset
     from featcache.errors import FeatcacheError
+    from featcache.images import InputFormat
     from featcache.progress import Progress
     from featcache.runs import RunRecord, read_record
     from featcache.stages.compare import Comparison, compare, compare_runs
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from featcache.stages.import_features import ImportedFeatures, import_features
     from featcache.stages.plan import Plan
     from featcache.stages.predict import Prediction, predict
+    from featcache.stages.rank import Ranking, rank_backbones, rank_caches
     from featcache.stages.sample import make_sample
     from featcache.stages.show import show
     from featcache.stages.train_head import train_head
@@ -42,10 +44,12 @@ _HOMES = {
     "FeatureCache": "cache",
     "Forecast": "stages.forecast",
     "ImportedFeatures": "stages.import_features",
+    "InputFormat": "images",
     "Listing": "dataset",
     "Plan": "stages.plan",
     "Prediction": "stages.predict",
     "Progress": "progress",
+    "Ranking": "stages.rank",
     "Run": "stages.evaluate",
     "RunRecord": "runs",
     "Verification": "cache",
@@ -64,11 +68,14 @@ _HOMES = {
     "make_sample": "stages.sample",
     "open_cache": "cache",
     "predict": "stages.predict",
+    "rank_backbones": "stages.rank",
+    "rank_caches": "stages.rank",
     "read_cache": "cache",
     "read_record": "runs",
     "show": "stages.show",
     "train_head": "stages.train_head",
     "verify_cache": "cache",
+    "wrap_network": "backbones",
 }
 
 __all__ = [
@@ -81,10 +88,12 @@ __all__ = [
     "FeatureCache",
     "Forecast",
     "ImportedFeatures",
+    "InputFormat",
     "Listing",
     "Plan",
     "Prediction",
     "Progress",
+    "Ranking",
     "Run",
     "RunRecord",
     "Verification",
@@ -104,11 +113,14 @@ __all__ = [
     "make_sample",
     "open_cache",
     "predict",
+    "rank_backbones",
+    "rank_caches",
     "read_cache",
     "read_record",
     "show",
     "train_head",
     "verify_cache",
+    "wrap_network",
 ]
 
 

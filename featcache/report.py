@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from featcache.config import is_imported
-from featcache.metrics import mcnemar_test, wilson_interval
+from featcache.metrics import adjust_holm, mcnemar_test, wilson_interval
 from featcache.runs import Predictions, RunRecord
 
 SIGNIFICANCE = 0.05
@@ -70,6 +70,56 @@ def compare_pairs(arms: Sequence[Arm]) -> list[dict[str, Any]]:
             }
         )
     return pairs
+
+
+def compare_with_first(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """The exact McNemar test of the first arm with every other, p-values adjusted for their number (Holm)."""
+    pairs = [compare_pairs([arms[0], other])[0] for other in arms[1:]]
+    adjusted = adjust_holm([pair["p_value"] for pair in pairs])
+    return [{**pair, "p_adjusted": p_value} for pair, p_value in zip(pairs, adjusted, strict=True)]
+
+
+def state_ranking(arms: Sequence[dict[str, Any]]) -> str:
+    """What a ranking shows of the first arm, and never more."""
+    first = arms[0]
+    best = f"{first['name']}: {first['val_accuracy']:.1%} of {first['n_val']} validation images"
+    if len(arms) == 1:
+        return f"{best} are right."
+    alike = [arm for arm in arms[1:] if arm["against_first"]["p_adjusted"] >= SIGNIFICANCE]
+    worse = len(arms) - 1 - len(alike)
+    if not alike:
+        return (
+            f"{best} are right, more than with any of the {worse} others (McNemar, Holm-adjusted p < {SIGNIFICANCE})."
+        )
+    names = ", ".join(arm["name"] for arm in alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")
+    known = [arm for arm in (first, *alike) if arm["extraction_seconds"] is not None]
+    cheap = min(known, key=lambda arm: arm["extraction_seconds"], default=first)
+    cost = ""
+    if cheap is not first and first["extraction_seconds"]:
+        ratio = first["extraction_seconds"] / max(cheap["extraction_seconds"], 1e-9)
+        cost = f" Of these {cheap['name']} is the cheapest to extract, {ratio:.1f} times faster than {first['name']}."
+    return f"{best} are right; no difference can be shown to {names} (McNemar, Holm-adjusted).{cost}"
+
+
+def tabulate_ranking(arms: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A ranking as rows of text, one an arm."""
+    header = ["", "val accuracy", "95 % interval", "p", "width", "params", "GFLOPs", "extraction s", "head s"]
+    return [header, *map(_ranking_row, arms)]
+
+
+def _ranking_row(arm: dict[str, Any]) -> list[str]:
+    pair, operations, extraction = arm["against_first"], arm["multiply_adds"], arm["extraction_seconds"]
+    return [
+        arm["name"],
+        f"{arm['val_accuracy']:.1%}",
+        f"{arm['interval'][0]:.1%} to {arm['interval'][1]:.1%}",
+        "-" if pair is None else f"{pair['p_adjusted']:.2g}",
+        f"{arm['width']:,}",
+        "-" if arm["parameters"] is None else f"{arm['parameters'] / 1e6:,.1f} M",
+        "-" if operations is None else f"{operations / 1e9:,.2f}",
+        "-" if extraction is None else f"{extraction:,.1f}",
+        f"{arm['head_seconds']:,.2f}",
+    ]
 
 
 def state_verdict(arms: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]]) -> str:
@@ -146,6 +196,28 @@ def format_markdown(
         "\n".join(notes),
         *images,
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+RANKING_REMARK = (
+    "p: exact McNemar test against the first row, adjusted for the number of rows (Holm). The first was found on these "
+    "very validation images, so its accuracy is optimistic the more backbones were tried. GFLOPs: multiply-adds of one "
+    "image, counted once. Extraction seconds are what all rows took on the machine that computed them."
+)
+
+
+def format_ranking_markdown(
+    rows: Sequence[Sequence[str]],
+    verdict: str,
+    arms: Sequence[dict[str, Any]],
+    figures: Sequence[tuple[str, str]],
+) -> str:
+    """A ranking as a Markdown page."""
+    table = [_markdown_row(rows[0]), "|---|" + "---:|" * (len(rows[0]) - 1), *map(_markdown_row, rows[1:])]
+    notes = [f"- **{_escape(arm['name'])}**: {_escape(arm['layer'])}; {_escape(arm['selection'])}." for arm in arms]
+    images = [f"![{caption}]({file})" for caption, file in figures]
+    remarks = f"{INTERVALS_REMARK} {RANKING_REMARK}"
+    parts = ["# Backbones by their heads", _escape(verdict), "\n".join(table), remarks, "\n".join(notes), *images]
     return "\n\n".join(parts) + "\n"
 
 

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -228,6 +228,17 @@ def find_version(name: str) -> str:
         return f"{library} {version(library)}"
     except PackageNotFoundError:
         return library
+
+
+def find_cost(extractor: Mapping[str, Any]) -> Cost | None:
+    """What the network of a description (see `Backbone.describe`) is like; None if it is of no family."""
+    name = str(extractor["backbone"])
+    if name.partition(":")[0] in ("onnx", "module"):
+        return None
+    try:
+        return list_summaries([name])[0].cost
+    except FeatcacheError:
+        return None
 
 
 def measured_path() -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from featcache.cli import DONE, LEFT_OUT
 from featcache.cli.common import (
     TerminalProgress,
-    backbone_options,
+    complete_backbone,
     force_option,
     json_option,
     list_left_out,
@@ -23,10 +23,15 @@ from featcache.cli.common import (
     store_option,
 )
 from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
+from featcache.errors import make_printable
+
+if TYPE_CHECKING:
+    from featcache.stages.compare import Comparison
+    from featcache.stages.rank import Ranking
 
 
 @click.command("compare", short_help="Both side by side: table, plots, report.")
-@click.argument("targets", nargs=-1, required=True, type=click.Path(), metavar="DATA | RUN RUN...")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(), metavar="DATA | RUN RUN... | CACHE CACHE...")
 @output_option(f"{RUNS_DIR}/compare", "Folder of the report.")
 @option("--features", type=click.Path(), default=CompareConfig.features, help="The cache file to use or make.")
 @option(
@@ -35,7 +40,14 @@ from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
     default=CompareConfig.runs,
     help="Folder of the runs head and finetune to use or make.",
 )
-@backbone_options(None, None)
+@option(
+    "--backbone",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_backbone,
+    help="Of the two arms; several are ranked by their heads, and nothing is fine-tuned.  [default: resnet18]",
+)
+@option("--weights", default=None, metavar="WHICH", help="As of `featcache extract`.  [default: default]")
 @option("--epochs", type=click.IntRange(min=1), default=None, help="Of fine-tuning.  [default: 25]")
 @option("--batch-size", type=click.IntRange(min=1), default=None, help="Of fine-tuning.  [default: 4]")
 @option("--lr", type=float, default=None, help="Of fine-tuning.  [default: 0.001]")
@@ -55,33 +67,56 @@ from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
 @force_option
 @json_option
 def command(targets: tuple[str, ...], output: str, as_json: bool, **settings: Any) -> int:
-    """Both ways side by side on DATA, or finished RUNs: table, plots, report.
+    """Both ways side by side on DATA, or finished RUNs, or the heads on several CACHEs: table, plots, report.
 
-    On DATA, what exists is reused if it belongs to these images, and the rest is made.
+    On DATA, what exists is reused if it belongs to these images, and the rest is made. With several --backbone, or of
+    several caches, the heads alone are compared, and ranked.
 
     \b
     Example:
       featcache compare photos --epochs 5
+      featcache compare photos --backbone resnet18 --backbone convnext_tiny
       featcache compare runs/head runs/finetune
     """
+    from featcache.stages.compare import Comparison
+
+    compared = run_comparison(targets, output, settings)
+    if as_json:
+        print_json(to_json(compared))
+    else:
+        click.echo(compared.table)
+        click.echo(f"\n{compared.verdict}\nreport: {compared.report}")
+    if not isinstance(compared, Comparison):
+        for name, reason in compared.failed.items():
+            click.echo(make_printable(f"left out: {name}: {reason}"), err=True)
+    list_left_out(compared.left_out)
+    failed = () if isinstance(compared, Comparison) else compared.failed
+    return LEFT_OUT if compared.left_out or failed else DONE
+
+
+def run_comparison(targets: tuple[str, ...], output: str, settings: dict[str, Any]) -> Comparison | Ranking:
+    """The stage that the targets ask for."""
     from featcache.runs import is_run
     from featcache.stages.compare import compare, compare_runs
+    from featcache.stages.rank import rank_backbones, rank_caches
 
-    if len(targets) == 1 and not is_run(Path(targets[0])):
-        comparison = compare(targets[0], output, progress=TerminalProgress(), **settings)
-    else:
-        comparison = compare_runs(targets, output)
-    if as_json:
-        print_json(
-            {
-                "arms": comparison.arms,
-                "pairs": comparison.pairs,
-                "verdict": comparison.verdict,
-                "report": str(comparison.report),
-            }
-        )
-    else:
-        click.echo(comparison.table)
-        click.echo(f"\n{comparison.verdict}\nreport: {comparison.report}")
-    list_left_out(comparison.left_out)
-    return LEFT_OUT if comparison.left_out else DONE
+    backbones: tuple[str, ...] = settings.pop("backbone")
+    if all(Path(target).is_file() for target in targets):
+        head = {name: settings[name] for name in ("solver", "C", "seed") if settings[name] is not None}
+        return rank_caches(targets, output, runs=settings["runs"], progress=TerminalProgress(), **head)
+    if len(targets) > 1 or is_run(Path(targets[0])):
+        return compare_runs(targets, output)
+    if len(backbones) > 1:
+        return rank_backbones(targets[0], backbones, output, progress=TerminalProgress(), **settings)
+    backbone = backbones[0] if backbones else None
+    return compare(targets[0], output, progress=TerminalProgress(), backbone=backbone, **settings)
+
+
+def to_json(compared: Comparison | Ranking) -> dict[str, Any]:
+    """As plain values; see docs/json.md."""
+    from featcache.stages.compare import Comparison
+
+    value = {"arms": compared.arms, "verdict": compared.verdict, "report": str(compared.report)}
+    if isinstance(compared, Comparison):
+        return {**value, "pairs": compared.pairs}
+    return {**value, "failed": compared.failed}

@@ -11,7 +11,7 @@ import numpy as np
 
 from featcache import files
 from featcache.cache import check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig, is_imported
+from featcache.config import RUNS_DIR, CompareConfig, ExtractConfig, is_imported
 from featcache.dataset import describe_data
 from featcache.errors import BadImage, CacheError, OutputError, RunError
 from featcache.metrics import confusion_matrix
@@ -107,6 +107,7 @@ def compare(
         config.features,
         progress=progress,
         **config.stated("backbone", "weights", "val_fraction", "seed", "store", "workers"),
+        **list_optional(config),
         device=config.device,
         skip_bad=config.skip_bad,
         force=config.force,
@@ -174,6 +175,20 @@ def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
     if adopted.get("backbone"):
         progress.say(f"backbone {adopted['backbone']}, as in {source}")
     return replace(config, **adopted)
+
+
+def list_optional(config: CompareConfig) -> dict[str, Any]:
+    """Layers and image format of the cache that lies there, if it is of the backbone that is compared."""
+    if not Path(config.features).is_file():
+        return {}
+    found = open_cache(config.features).provenance["settings"]
+    if found.get("backbone") != config.backbone:
+        return {}
+    return {
+        name: tuple(found[name]) if isinstance(found[name], list) else found[name]
+        for name in ExtractConfig.OPTIONAL
+        if name in found
+    }
 
 
 def provide_head(extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
