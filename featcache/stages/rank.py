@@ -121,7 +121,7 @@ def rank_backbones(
             )
         except BackboneError as error:
             failed[backbone] = str(error)
-            progress.say(f"WARNING: {backbone} cannot be used: {error}")
+            progress.say(f"WARNING: {backbone} cannot be used and is left out")
             if len(failed) == len(backbones):
                 raise
             continue
@@ -208,15 +208,21 @@ def describe_features_of(arm: Arm, cache: FeatureCache) -> dict[str, Any]:
 def name_features(caches: Sequence[FeatureCache], paths: Sequence[Path]) -> list[str]:
     """What to call each: its backbone, with layers or the file's name where that is not enough to tell all apart."""
     for spell in (
-        lambda cache, _: cache.extractor["backbone"],
-        lambda cache, _: f"{cache.extractor['backbone']}, {cache.extractor['layer']}",
-        lambda cache, path: f"{cache.extractor['backbone']} ({path.name})",
+        lambda cache, _: say_backbone(cache),
+        lambda cache, _: f"{say_backbone(cache)}, {cache.extractor['layer']}",
+        lambda cache, path: f"{say_backbone(cache)} ({path.name})",
         lambda _, path: str(path),
     ):
         names = [str(spell(cache, path)) for cache, path in zip(caches, paths, strict=True)]
         if len(set(names)) == len(names):
             return names
     return [f"{path} ({i})" for i, path in enumerate(paths, 1)]
+
+
+def say_backbone(cache: FeatureCache) -> str:
+    """The backbone's name, and that its weights are random if they are."""
+    random = cache.extractor["weights"].get("requested") == "none"
+    return f"{cache.extractor['backbone']}{' (random)' if random else ''}"
 
 
 def name_cache(features: Path | str, backbone: str) -> Path:
