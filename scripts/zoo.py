@@ -117,7 +117,9 @@ def make_original(name: str) -> nn.Module:
     """Torchvision's own model with random weights, its BatchNorm statistics as after some training."""
     torch.manual_seed(0)
     keywords = {"weights_backbone": None} if name in TRUNKS else {}
-    network: nn.Module = models.get_model(name, weights=None, **keywords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the initialisation of two models will change some day
+        network: nn.Module = models.get_model(name, weights=None, **keywords)
     generator = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
