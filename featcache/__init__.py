@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from featcache.stages.evaluate import Run
     from featcache.stages.explain import Explanation, explain_cache
     from featcache.stages.extract import Extraction, extract_features
+    from featcache.stages.feature_extractor import FeatureExtractor
     from featcache.stages.finetune import finetune
     from featcache.stages.forecast import Forecast, forecast_extraction
     from featcache.stages.plan import Plan
@@ -39,6 +40,7 @@ _HOMES = {
     "Extraction": "stages.extract",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
+    "FeatureExtractor": "stages.feature_extractor",
     "Forecast": "stages.forecast",
     "Listing": "dataset",
     "Plan": "stages.plan",
@@ -76,6 +78,7 @@ __all__ = [
     "Extraction",
     "FeatcacheError",
     "FeatureCache",
+    "FeatureExtractor",
     "Forecast",
     "Listing",
     "Plan",

@@ -460,11 +460,7 @@ def _hash_rows(
 ) -> tuple[dict[str, Split], list[BadImage]]:
     paths = [path for rows in files.values() for path, _ in rows]
     full = [os.path.join(root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
-    stats, reasons = _look_at_all(full)
-    digests = known.find(stats) if known else [""] * len(paths)
-    todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
-    for i, (digest, stats[i], reason) in zip(todo, _hash_all(full, todo, progress, keep), strict=True):
-        digests[i], reasons[i] = digest, reason
+    stats, digests, reasons = hash_files(full, known=known, keep=keep, progress=progress)
     bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     splits, start = {}, 0
     label_of = {name: label for label, name in enumerate(classes)}
@@ -478,6 +474,39 @@ def _hash_rows(
         )
         start += len(rows)
     return splits, bad
+
+
+def hash_files(
+    paths: Sequence[str],
+    *,
+    known: KnownFiles | None = None,
+    keep: Callable[[Stats, Digests], None] | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Stats, list[str], list[str]]:
+    """SHA-256 of files, read where nothing is known of them.
+
+    Parameters
+    ----------
+    paths
+        N files.
+    known, keep, progress
+        As in `list_dataset`.
+
+    Returns
+    -------
+    stats
+        (N, 4) int64, zeros for a file that might have changed since unnoticed.
+    digests
+        N, in hexadecimal; "" for a file that cannot be used.
+    reasons
+        N, why it cannot; "" if it can.
+    """
+    stats, reasons = _look_at_all(paths)
+    digests = known.find(stats) if known else [""] * len(paths)
+    todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
+    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep), strict=True):
+        digests[i], reasons[i] = digest, reason
+    return stats, digests, reasons
 
 
 def _look_at_all(paths: Sequence[str]) -> tuple[Stats, list[str]]:

@@ -304,18 +304,25 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
         label = -1 if self.labels is None else int(self.labels[row])
         try:
-            return row, self._load(row), label
+            return row, self.transform(self.decode(row)), label
         except ImageError as error:
             return row, str(error), label
 
-    def _load(self, row: int) -> Tensor:
+    def decode(self, row: int) -> Image.Image:
+        """RGB image of a row.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be used.
+        """
         try:
             data = (self.root / self.paths[row]).read_bytes()
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
         if self.digests is not None and hash_bytes(data) != self.digests[row]:
             raise ImageError("changed while it was being worked on; run the same command again")
-        return self.transform(decode_safely(data))
+        return decode_safely(data)
 
     def collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
         """Stack the usable rows and name the others."""

@@ -24,6 +24,7 @@ NOUNS: dict[str, set[str]] = {
     "fetching": set(),
     "images": {"decoding"},  # an image from a file's bytes
     "metrics": set(),
+    "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": set(),
     "plots": set(),
     "runs": set(),
@@ -37,7 +38,7 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"decoding", "images"},
+    "PIL": {"decoding", "images", "pictures"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
     "matplotlib": {"plots"},
