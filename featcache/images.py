@@ -316,13 +316,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         ImageError
             If it cannot be used.
         """
-        try:
-            data = (self.root / self.paths[row]).read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
-        if self.digests is not None and hash_bytes(data) != self.digests[row]:
-            raise ImageError("changed while it was being worked on; run the same command again")
-        return decode_safely(data)
+        return load_image(self.root / self.paths[row], None if self.digests is None else self.digests[row])
 
     def collate(self, items: list[tuple[int, Tensor | str, int]]) -> Batch:
         """Stack the usable rows and name the others."""
@@ -332,6 +326,23 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         rows = torch.tensor([row for row, _, _ in good], dtype=torch.int64)
         labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
         return Batch(rows, images, labels, bad)
+
+
+def load_image(path: Path, digest: str | None = None) -> Image.Image:
+    """RGB image of a file, whose bytes must have this digest if one is given.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be used.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if digest is not None and hash_bytes(data) != digest:
+        raise ImageError("changed while it was being worked on; run the same command again")
+    return decode_safely(data)
 
 
 def make_loader(

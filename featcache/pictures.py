@@ -18,7 +18,7 @@ from PIL import Image
 from featcache.dataset import STATS, Digests, KnownFiles, Stats, hash_files
 from featcache.decoding import convert_image
 from featcache.errors import ImageError, InputError
-from featcache.images import ImageRows, Transform
+from featcache.images import ImageRows, Transform, load_image
 from featcache.progress import SILENT, Progress
 
 Picture: TypeAlias = str | Image.Image | NDArray[np.uint8]  # a path, an image, pixels (H, W[, channels])
@@ -179,21 +179,17 @@ class PictureRows(ImageRows):
     ----------
     pictures
         N images.
-    names
-        What to call them.
     digests
-        N; a file must have its own still.
+        N, by which a bad one is named; a file must have its own still.
     transform
         RGB image -> tensor.
     """
 
-    def __init__(
-        self, pictures: Sequence[Picture], names: Sequence[str], *, digests: Sequence[str], transform: Transform
-    ) -> None:
-        super().__init__(Path(), names, transform=transform, digests=digests)
+    def __init__(self, pictures: Sequence[Picture], digests: Sequence[str], *, transform: Transform) -> None:
+        super().__init__(Path(), digests, transform=transform)
         self.pictures = pictures
 
     def decode(self, row: int) -> Image.Image:
         """RGB image of a row."""
         picture = self.pictures[row]
-        return super().decode(row) if isinstance(picture, str) else make_rgb(picture)
+        return load_image(Path(picture), self.paths[row]) if isinstance(picture, str) else make_rgb(picture)

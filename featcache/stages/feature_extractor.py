@@ -186,7 +186,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         """
         del input_features
         backbone = self._provide()[1]
-        groups = [(f"{backbone.name}_{pick}", pick.width) for pick in backbone.picks]
+        groups = [(f"{backbone.name}_{pick.name}", pick.width) for pick in backbone.picks]
         names = [f"{name}_{i}" for name, width in groups or [(backbone.name, backbone.width)] for i in range(width)]
         return np.array(names, dtype=object)
 

@@ -224,9 +224,7 @@ def compute_rows(
         return {}
     first = {digest: row for row, digest in reversed(list(enumerate(hashed.digests)))}
     pictures = [task.pictures[first[digest]] for digest in missing]
-    rows = PictureRows(
-        pictures, missing, digests=missing, transform=make_evaluation_transform(task.backbone.preprocessing)
-    )
+    rows = PictureRows(pictures, missing, transform=make_evaluation_transform(task.backbone.preprocessing))
     outputs = run_network(
         task.backbone.network,
         rows,
