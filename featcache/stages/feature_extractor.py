@@ -7,6 +7,7 @@ itself. The object holds nothing but its parameters: it is cloned, pickled and s
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
 from featcache.backbones import Backbone
@@ -199,9 +200,11 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         return config, given
 
     def __sklearn_clone__(self) -> FeatureExtractor:
-        """A clone that uses the same network, which is frozen, instead of a copy."""
-        parameters = {name: clone(value, safe=False) for name, value in self.get_params(deep=False).items()}
-        return type(self)(**{**parameters, "backbone": self.backbone, "progress": self.progress})
+        """A clone that uses the same network, which is frozen, and tells the same listener, instead of copies."""
+        plain = copy.copy(self)
+        plain.backbone, plain.progress = ExtractConfig.backbone, None
+        cloned: FeatureExtractor = super(FeatureExtractor, plain).__sklearn_clone__()
+        return cloned.set_params(backbone=self.backbone, progress=self.progress)  # type: ignore[no-any-return]
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -33,6 +33,7 @@ from featcache.cache import (
     keep_files,
     list_parts,
     make_known_files,
+    merge_parts,
     open_cache,
     open_sources,
     parts_path,
@@ -98,6 +99,8 @@ def provide_features(task: Task) -> NDArray[np.float32]:
         If some of them cannot be used.
     """
     if task.output is not None:
+        if not task.output.parent.is_dir():
+            files.check_writable(task.output)
         check_parts(task.output)
     hashed = hash_pictures(task.pictures, _find_known_files(task.output), task.progress)
     digests = np.array(hashed.digests, dtype="S64")
@@ -124,6 +127,8 @@ def _compute_and_keep(task: Task, output: Path, hashed: Hashed, digests: Digests
             missing = _list_missing(digests, table)
         writer = PartWriter(parts_path(output), task.key, task.config.store)
         bad = compute_rows(task, hashed, missing, writer)
+        for kind, key in (("rows", task.key), ("files", "")):
+            merge_parts(output, kind, key)
         _check_all_good(task, hashed, bad)
         with open_rows(task, output) as table:
             return _read(table, digests)
