@@ -126,6 +126,10 @@ class BadImagesError(FeatcacheError):
         cure = f"mend or remove {them}, or {leaving}"
         super().__init__(f"{n} cannot be used as {what}; {cure}{lines}")
 
+    def __reduce__(self) -> tuple[type[BadImagesError], tuple[list[BadImage], list[int]]]:
+        """How it comes out of another process."""
+        return type(self), (self.bad, self.rows)
+
 
 def make_printable(text: str) -> str:
     r"""Text that does nothing to a terminal: control characters as \xNN.

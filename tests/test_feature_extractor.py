@@ -309,6 +309,8 @@ def test_a_bad_image_is_named_and_the_others_are_kept(paths: list[str], tmp_path
     assert caught.value.rows == [2, 4, 5, 6]
     assert [bad.path for bad in caught.value.bad] == [paths[2], str(tmp_path / "nowhere.jpg"), "X[5]", paths[2]]
     assert tiny.calls == 4
+    again = pickle.loads(pickle.dumps(caught.value))  # as it comes out of another process
+    assert (str(again), again.bad, again.rows) == (str(caught.value), caught.value.bad, caught.value.rows)
     good = [one for row, one in enumerate(given) if row not in caught.value.rows]
     assert extractor.transform(good).shape == (4, 8)
     assert tiny.calls == 4
