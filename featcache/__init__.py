@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featcache.stages.evaluate import Run
     from featcache.stages.explain import Explanation, explain_cache
     from featcache.stages.extract import Extraction, extract_features
+    from featcache.stages.feature_extractor import FeatureExtractor
     from featcache.stages.finetune import finetune
     from featcache.stages.forecast import Forecast, forecast_extraction
     from featcache.stages.import_features import ImportedFeatures, import_features
@@ -42,6 +43,7 @@ _HOMES = {
     "Extraction": "stages.extract",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
+    "FeatureExtractor": "stages.feature_extractor",
     "Forecast": "stages.forecast",
     "ImportedFeatures": "stages.import_features",
     "InputFormat": "images",
@@ -86,6 +88,7 @@ __all__ = [
     "Extraction",
     "FeatcacheError",
     "FeatureCache",
+    "FeatureExtractor",
     "Forecast",
     "ImportedFeatures",
     "InputFormat",

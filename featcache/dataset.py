@@ -585,7 +585,7 @@ def _hash_rows(
 ) -> tuple[dict[str, Split], list[BadImage]]:
     paths = [path for rows in files.values() for path, _ in rows]
     full = [os.path.join(root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
-    digests, stats, reasons = hash_files(full, progress, known, keep, clips)
+    stats, digests, reasons = hash_files(full, known=known, keep=keep, progress=progress, clips=clips)
     bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     splits, start = {}, 0
     label_of = {name: label for label, name in enumerate(classes)}
@@ -603,21 +603,36 @@ def _hash_rows(
 
 def hash_files(
     paths: Sequence[str],
-    progress: Progress = SILENT,
+    *,
     known: KnownFiles | None = None,
     keep: Callable[[Stats, Digests], None] | None = None,
+    progress: Progress = SILENT,
     clips: bool = False,
-) -> tuple[list[str], Stats, list[str]]:
-    """Digest of each of N files; stats (N, 4) that prove it later, or zeros; why one cannot be used, "" if it can.
+) -> tuple[Stats, list[str], list[str]]:
+    """SHA-256 of files, or clips, read where nothing is known of them.
 
-    Parameters as of `list_dataset`.
+    Parameters
+    ----------
+    paths
+        N files.
+    known, keep, progress, clips
+        As in `list_dataset`.
+
+    Returns
+    -------
+    stats
+        (N, 4) int64, zeros for a file that might have changed since unnoticed.
+    digests
+        N, in hexadecimal; "" for a file that cannot be used.
+    reasons
+        N, why it cannot; "" if it can.
     """
     stats, reasons = _look_at_all(paths, clips)
     digests = known.find(stats) if known else [""] * len(paths)
     todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
     for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep, clips), strict=True):
         digests[i], reasons[i] = digest, reason
-    return digests, stats, reasons
+    return stats, digests, reasons
 
 
 def _look_at_all(paths: Sequence[str], clips: bool = False) -> tuple[Stats, list[str]]:

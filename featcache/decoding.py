@@ -30,7 +30,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -76,11 +76,29 @@ def decode_image(data: bytes) -> Image.Image:
     """
     if not data:
         raise ImageError("empty file (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with _explain_damage():
+        return convert_image(Image.open(io.BytesIO(data), formats=FORMATS))
+
+
+def convert_image(image: Image.Image) -> Image.Image:
+    """RGB of an image that Pillow has opened or made, by the rules of this module.
+
+    Raises
+    ------
+    ImageError
+        If it is damaged or too large.
+    """
+    with _explain_damage():
         check_size(image.width, image.height)
         image.load()
         return to_rgb(_orient(image), image.format)
+
+
+@contextlib.contextmanager
+def _explain_damage() -> Iterator[None]:
+    """Whatever a decoder raises, as an ImageError."""
+    try:
+        yield
     except (ImageError, MemoryError):  # short memory is no fault of the file's
         raise
     except UnidentifiedImageError:

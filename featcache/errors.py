@@ -4,6 +4,7 @@
 
     FeatcacheError               caught once, in the cli: one line on stderr, exit code 1
     ├── SettingsError            an option has a value that makes no sense (the cli's exit code 2)
+    ├── InputError               what was given in Python in place of images is something else
     ├── DatasetError             a folder, table, class or split is missing, empty or at odds with another
     ├── BadImagesError           some files of a data set cannot be used as images; each is named
     ├── BackboneError            unknown network, or a network that cannot be used
@@ -40,6 +41,10 @@ class FeatcacheError(Exception):
 
 class SettingsError(FeatcacheError, ValueError):
     """A setting is out of its range or contradicts another."""
+
+
+class InputError(FeatcacheError, ValueError):
+    """What was given in Python in place of images is something else."""
 
 
 class DatasetError(FeatcacheError):
@@ -108,15 +113,22 @@ class BadImagesError(FeatcacheError):
     ----------
     bad : list of BadImage
         Every such file with its reason.
+    rows : list of int
+        Where they are in what was given in Python, if it was.
     """
 
-    def __init__(self, bad: Sequence[BadImage]) -> None:
-        self.bad = list(bad)
+    def __init__(self, bad: Sequence[BadImage], rows: Sequence[int] = ()) -> None:
+        self.bad, self.rows = list(bad), list(rows)
         lines = "".join(f"\n  {make_printable(path)}: {make_printable(reason)}" for path, reason in self.bad)
         one = len(self.bad) == 1
         n, what, them = ("1 file", "an image", "it") if one else (f"{len(self.bad)} files", "images", "them")
-        cure = f"mend or remove {them}, or leave {them} out with --skip-bad"
+        leaving = f"drop {them} from X, see `rows` of this error" if rows else f"leave {them} out with --skip-bad"
+        cure = f"mend or remove {them}, or {leaving}"
         super().__init__(f"{n} cannot be used as {what}; {cure}{lines}")
+
+    def __reduce__(self) -> tuple[type[BadImagesError], tuple[list[BadImage], list[int]]]:
+        """How it comes out of another process."""
+        return type(self), (self.bad, self.rows)
 
 
 def make_printable(text: str) -> str:

@@ -359,20 +359,21 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
         label = -1 if self.labels is None else int(self.labels[row])
         try:
-            return row, self._load(row), label
+            return row, self.transform(self.decode(row)), label
         except ImageError as error:
             return row, str(error), label
 
-    def _load(self, row: int) -> Tensor:
+    def decode(self, row: int) -> Any:
+        """RGB image of a row, or RGB images of a clip's frames.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be used.
+        """
         if isinstance(self.transform, ClipTransform):
-            return self.transform(self._load_clip(row, self.transform.frames))
-        try:
-            data = (self.root / self.paths[row]).read_bytes()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
-        if self.digests is not None and hash_bytes(data) != self.digests[row]:
-            raise ImageError(CHANGED)
-        return self.transform(decode_safely(data))
+            return self._load_clip(row, self.transform.frames)
+        return load_image(self.root / self.paths[row], None if self.digests is None else self.digests[row])
 
     def _load_clip(self, row: int, frames: int) -> list[Image.Image]:
         path = self.root / self.paths[row]
@@ -396,6 +397,23 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         rows = torch.tensor([row for row, _, _ in good], dtype=torch.int64)
         labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
         return Batch(rows, images, labels, bad)
+
+
+def load_image(path: Path, digest: str | None = None) -> Image.Image:
+    """RGB image of a file, whose bytes must have this digest if one is given.
+
+    Raises
+    ------
+    ImageError
+        If it cannot be used.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+    if digest is not None and hash_bytes(data) != digest:
+        raise ImageError(CHANGED)
+    return decode_safely(data)
 
 
 def make_loader(

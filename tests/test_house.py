@@ -25,6 +25,7 @@ NOUNS: dict[str, set[str]] = {
     "clips": {"dataset", "decoding"},  # the order of a folder's frames; a frame from a file's bytes, the helpers
     "images": {"clips", "dataset", "decoding"},  # frames of a clip; the digest it must have; an image from bytes
     "metrics": set(),
+    "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": set(),
     "plots": set(),
     "runs": set(),
@@ -38,7 +39,7 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"clips", "decoding", "images"},
+    "PIL": {"clips", "decoding", "images", "pictures"},
     "av": {"clips"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},

@@ -31,6 +31,9 @@ PART_SCHEMA = 1
 # A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
 PART_SECONDS = 5.0
 PART_BYTES = 32 << 20
+# Work that comes a few images at a time leaves many small parts, and opening each costs a millisecond.
+SMALL_BYTES = 1 << 20
+MANY_PARTS = 64
 MAX_PART_BYTES = 1 << 30  # what lies there and is larger is no part
 ROWS, FILES = "rows", "files"
 PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
@@ -169,6 +172,32 @@ def list_parts(output: Path, kind: str, key: str = "") -> tuple[list[Part], list
         if part.key == key:
             parts.append(part)
     return parts, damaged
+
+
+def merge_parts(output: Path, kind: str, key: str = "") -> None:
+    """Make one part of all small ones, if there are many; only who holds the lock may.
+
+    Parameters
+    ----------
+    output, kind, key
+        As in `list_parts`.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; the small ones are there still.
+    """
+    small = [part for part in list_parts(output, kind, key)[0] if part.path.stat().st_size < SMALL_BYTES]
+    if len(small) < MANY_PARTS:
+        return
+    columns = {name: np.concatenate([part.columns[name] for part in small]) for name in small[0].columns}
+    if kind == ROWS:
+        columns["features"] = np.concatenate([part.read_features() for part in small])
+    prefix = f"{ROWS}-{key[:16]}" if kind == ROWS else FILES
+    _write_part(parts_path(output), prefix, columns, key, sum(part.seconds for part in small))
+    for part in small:  # NOTE: after the new one is on the disk
+        with contextlib.suppress(OSError):
+            files.disk.remove(part.path)
 
 
 def read_known_files(output: Path) -> tuple[Stats, Digests]:

@@ -211,7 +211,7 @@ def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, prog
     writer = PartWriter(parts_path(plan.output), plan.key, config.store)
     try:
         for output in progress.track(run_backbone(plan, digests, config), total=len(digests), what="extracting"):
-            finite, failed = _find_unusable(output, [paths_by_digest[digests[row]][0] for row in output.rows], config)
+            finite, failed = find_unusable(output, [paths_by_digest[digests[row]][0] for row in output.rows], config)
             writer.add([digests[row] for row in output.rows[finite].tolist()], output.values[finite])
             bad += [BadImage(copy, reason) for path, reason in failed for copy in paths_by_digest[digest_of[path]]]
     except KeyboardInterrupt:
@@ -223,7 +223,7 @@ def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, prog
     return Computed(bad, writer.parts, sum(map(len, writer.parts)))
 
 
-def _find_unusable(
+def find_unusable(
     output: Outputs, paths: Sequence[str], config: ExtractConfig
 ) -> tuple[NDArray[np.bool_], list[BadImage]]:
     """Which of B rows can be stored (B,), and every file of the batch that has no such row, with the reason."""

@@ -388,7 +388,7 @@ def identify_rows(
         return hash_rows(table, config, progress), np.zeros((len(table), len(STATS)), np.int64), False
     missing = [f"{root / paths[row]} is not there" for row in np.flatnonzero(~there).tolist()]
     if not missing:
-        digests, stats, reasons = hash_files([str(root / path) for path in paths], progress)
+        stats, digests, reasons = hash_files([str(root / path) for path in paths], progress=progress)
         missing = [f"{root / path} {reason}" for path, reason in zip(paths, reasons, strict=True) if reason]
         if not missing:
             return tuple(digests), stats, True
