@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
+from featcache import files
 from featcache.backbones import Backbone
 from featcache.backbones.base import hash_tensors
 from featcache.config import ExtractConfig
@@ -27,7 +28,6 @@ from featcache.images import InputFormat, freeze_list
 from featcache.pictures import list_pictures
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
-from featcache.stages.extract import follow_link
 from featcache.stages.plan import provide_backbone, take_backbone
 from featcache.stages.provide_features import TURN, Task, provide_features
 
@@ -172,7 +172,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             backbone=backbone,
             device=select_device(config.device),
             config=config,
-            output=None if self.cache is None else follow_link(Path(self.cache)),
+            output=None if self.cache is None else files.follow_link(Path(self.cache)),
             progress=self.progress or SILENT,
         )
         return provide_features(task)
