@@ -211,6 +211,18 @@ def long() -> bool:
     return os.environ.get("FEATCACHE_FAULTS") == "long"
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its lines to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["lines"] = LINES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """The lines of a worker that is done."""
+    LINES.extend(getattr(node, "workeroutput", {}).get("lines", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The counts."""
     if LINES:
