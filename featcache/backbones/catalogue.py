@@ -36,6 +36,7 @@ from featcache.backbones.structure import count_operations, find_classifier
 from featcache.backbones.weights import find_downloads
 from featcache.errors import BackboneError, FeatcacheError, OutputError
 from featcache.files import pretty_json, write_atomically
+from featcache.images import InputFormat
 from featcache.progress import SILENT, Progress
 
 KINDS = ("classification", "trunk", "video")
@@ -200,7 +201,8 @@ def make_without_values(name: str) -> tuple[nn.Module, tuple[int, ...]]:
             network = family.make_network(plain, options)
     else:
         network = family.make_network(plain, options)
-    preprocessing = make_preprocessing(name, None, family.describe_input(plain, entry, network))
+    any_pixels = InputFormat(mean=(0.0,), std=(1.0,))  # no shape depends on them
+    preprocessing = make_preprocessing(name, any_pixels, family.describe_input(plain, entry, network))
     return network, preprocessing.input_shape
 
 

@@ -69,11 +69,17 @@ class LayerFeatures(nn.Module):
         Images -> outputs by the names of the picks.
     picks
         What to take.
+
+    Attributes
+    ----------
+    widths
+        Columns of each: an error in one of them is not to be measured against another that is larger.
     """
 
     def __init__(self, source: nn.Module, picks: Sequence[Pick]) -> None:
         super().__init__()
         self.source, self.picks = source, tuple(picks)
+        self.widths = [pick.width for pick in picks]
 
     def forward(self, images: Tensor) -> Tensor:
         """All columns, (B, D)."""
@@ -98,13 +104,18 @@ def parse_layer(text: str, pool: str | None) -> tuple[str, str | None]:
 
     >>> parse_layer("layer3:max", "avg"), parse_layer("layer3", "avg")
     (('layer3', 'max'), ('layer3', 'avg'))
+
+    Names of ONNX may have a colon of their own; TensorFlow's do.
+
+    >>> parse_layer("model/Relu:0", "avg"), parse_layer("model/Relu:0:max", "avg")
+    (('model/Relu:0', 'avg'), ('model/Relu:0', 'max'))
     """
     name, colon, own = text.rpartition(":")
     if not colon:
         return text, pool
     if own in POOLS:
         return name, own
-    if name and "/" not in own:
+    if name and own.isidentifier():
         raise SettingsError(f"--layer {text}: unknown pool {own!r}, expected NAME or NAME:POOL with {', '.join(POOLS)}")
     return text, pool
 
@@ -229,11 +240,13 @@ def list_nodes(network: nn.Module) -> list[str] | None:
 
 def list_layers(network: nn.Module, shape: tuple[int, ...], *, where: str) -> dict[str, tuple[int, ...]]:
     """Shape per image of the output of every layer that can be picked, in the order of their running."""
-    if isinstance(network, OutputsByName):
-        names: Sequence[str] = network.list_outputs()
+    nodes = network.list_outputs() if isinstance(network, OutputsByName) else list_nodes(network)
+    if nodes is None:
+        modules = [name for name, _ in network.named_modules() if name]
+        source: nn.Module = WatchedModules(network, modules, all_run=False)
     else:
-        names = list_nodes(network) or [name for name, _ in network.named_modules() if name]
-    outputs = forward_shape(select_outputs(network, names, where=where), shape, where=where)
+        source = select_outputs(network, nodes, where=where)
+    outputs = forward_shape(source, shape, where=where)
     return {
         name: tuple(output.shape[1:])
         for name, output in outputs.items()
@@ -265,11 +278,13 @@ class WatchedModules(nn.Module):
         Any.
     names
         Dotted names of its modules.
+    all_run
+        Whether each of them has to run.
     """
 
-    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, network: nn.Module, names: Sequence[str], *, all_run: bool = True) -> None:
         super().__init__()
-        self.network, self.names = network, tuple(names)
+        self.network, self.names, self.all_run = network, tuple(names), all_run
         for name in self.names:
             network.get_submodule(name).register_forward_hook(_Note(name))
 
@@ -277,7 +292,8 @@ class WatchedModules(nn.Module):
         """The named modules' outputs."""
         _SEEN.outputs = {}
         self.network(images)
-        if missing := [name for name in self.names if name not in _SEEN.outputs]:
+        missing = [name for name in self.names if name not in _SEEN.outputs]
+        if missing and self.all_run:
             raise BackboneError(f"layer {missing[0]} does not run in a forward pass; choose another")
         outputs, _SEEN.outputs = dict(_SEEN.outputs), {}
         return outputs

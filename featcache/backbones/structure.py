@@ -39,6 +39,8 @@ def forward_shape(network: nn.Module, shape: tuple[int, ...], *, where: str) -> 
             return functional_call(network, tensors, (torch.empty(1, *shape, device="meta"),))
         try:
             return network(torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)))
+        except BackboneError:
+            raise  # it says by itself what is wrong
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackboneError(
