@@ -145,6 +145,7 @@ class ExtractConfig(Settings):
     force: bool = False
 
     def __post_init__(self) -> None:
+        self._spread()
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             self._require(value is None or value in choices, name, " or ".join(choices))
@@ -157,6 +158,14 @@ class ExtractConfig(Settings):
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
+
+    def _spread(self) -> None:
+        """One layer is a list of one, one number a square, or all channels."""
+        for name in ("layer", "mean", "std", "input_size"):
+            value = getattr(self, name)
+            if isinstance(value, str | int | float):
+                value = (value, value) if name == "input_size" else (value,)
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
     def network_settings(self) -> dict[str, Any]:
         """Those that a backbone is loaded with; `images` are the fields of an `InputFormat`."""

@@ -59,14 +59,22 @@ class Outputs:
         return len(self.rows) + len(self.bad)
 
 
-def select_device(name: str) -> torch.device:
+def select_device(name: str, network: nn.Module | None = None) -> torch.device:
     """The device of this name; "auto" is the first CUDA device where there is one, else the CPU.
+
+    A network that is not run by torch (it says so with an attribute `cpu_only`) runs on the CPU.
 
     Raises
     ------
     DeviceError
         If the device is unknown or not there. Nothing falls back quietly.
     """
+    if network is not None and any(getattr(module, "cpu_only", False) for module in network.modules()):
+        if name not in ("auto", "cpu"):
+            raise DeviceError(
+                f"device {name} is not for this network: ONNX Runtime runs it on the CPU; use --device cpu"
+            )
+        return torch.device("cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

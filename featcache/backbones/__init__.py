@@ -51,6 +51,8 @@ __all__ = [
     "WeightsEntry",
     "attach_classifier",
     "attach_head",
+    "check_trainable",
+    "check_unchanged",
     "describe_preprocessing",
     "list_backbones",
     "load_backbone",
@@ -72,7 +74,7 @@ def load_backbone(
     *,
     weights: str = "default",
     seed: int = 0,
-    layer: Sequence[str] = (),
+    layer: str | Sequence[str] = (),
     pool: str | None = None,
     images: InputFormat | None = None,
     progress: Progress = SILENT,
@@ -120,12 +122,15 @@ def load_backbone(
     family, plain = find_family(name)
     if family is module:
         progress.say(f"{name} runs your own code")
+    layer = (layer,) if isinstance(layer, str) else tuple(layer)
     check_layout(name, family, images)
     chosen = choose_weights(family, name, plain, weights, progress)
     options = family.list_options(plain, chosen.entry) | make_options(images)
     network = _make_seeded(lambda: family.make_network(plain, options), seed)
     if family is module:
         options["code_sha256"] = module.hash_code(network)
+    if isinstance(network, onnx.OnnxNetwork):
+        options["layout"] = network.layout
     description: dict[str, Any] = {"requested": chosen.requested, "name": f"random, seed {seed}", "sha256": None}
     if chosen.file is None:
         description["seed"] = seed
@@ -142,7 +147,6 @@ def load_backbone(
         trunk=find_trunk(family, plain, network),
         layer=layer,
         pool=pool,
-        obstacle=onnx.OBSTACLE if family is onnx else "",
         verify=family is module,
     )
 
@@ -158,7 +162,6 @@ def freeze_network(
     trunk: str = "",
     layer: Sequence[str] = (),
     pool: str | None = None,
-    obstacle: str = "",
     verify: bool = False,
 ) -> Backbone:
     """Put the weights in, find out what the features are, and freeze everything.
@@ -171,7 +174,7 @@ def freeze_network(
         Its tensors, if they are not in it already.
     trunk
         Dotted name of the part that is the backbone; "" is all of it.
-    name, weights, preprocessing, options, obstacle
+    name, weights, preprocessing, options
         As in `Backbone`.
     layer, pool
         As in `load_backbone`.
@@ -212,7 +215,6 @@ def freeze_network(
         options=options,
         batch_norm=batch_norm,
         make_classifier=kept.make_like if kept else lambda n_classes: nn.Linear(features.width, n_classes),
-        obstacle=obstacle,
     )
 
 
@@ -296,6 +298,13 @@ def take_trunk(tensors: Mapping[str, Tensor], trunk: str) -> dict[str, Tensor]:
 def is_foreign(network: nn.Module) -> bool:
     """Whether it is not torch that runs this network."""
     return isinstance(network, onnx.OnnxNetwork)
+
+
+def check_unchanged(backbone: Backbone) -> None:
+    """Raise a BackboneError if a network was trained, or changed otherwise, since it was made a backbone."""
+    state = backbone.network.state_dict()
+    if state and hash_tensors(state) != backbone.weights["tensors_sha256"]:
+        raise BackboneError(f"the weights of {backbone.name} have changed since it was wrapped; wrap it again")
 
 
 def find_trunk(family: Family, name: str, network: nn.Module) -> str:
@@ -427,7 +436,6 @@ def remake_backbone(
             f"{pick['name']}:{pick['pool']}" if pick["pool"] else pick["name"] for pick in extractor.get("layers", ())
         ],
         pool=find_pool(extractor),
-        obstacle=onnx.OBSTACLE if family is onnx else "",
     )
 
 
@@ -522,6 +530,12 @@ def _say_unknown(name: str, known: Sequence[str]) -> str:
     return f"unknown backbone {name!r}: {hint}`featcache backbones` lists them; also timm:NAME, onnx:FILE, module:FUNC"
 
 
+def check_trainable(name: str) -> None:
+    """Raise a BackboneError if a network of this name cannot be fine-tuned."""
+    if name.startswith("onnx:"):
+        raise BackboneError(f"{name} cannot be fine-tuned: {onnx.OBSTACLE}; use `featcache train-head` on its features")
+
+
 def attach_classifier(backbone: Backbone, n_classes: int) -> tuple[nn.Module, str]:
     """The whole network, (B, 3, H, W) -> (B, n_classes), with a fresh last layer where it was removed, and its name.
 
@@ -532,8 +546,7 @@ def attach_classifier(backbone: Backbone, n_classes: int) -> tuple[nn.Module, st
     BackboneError
         If the network cannot be trained.
     """
-    if backbone.obstacle:
-        raise BackboneError(f"{backbone.name} cannot be fine-tuned: {backbone.obstacle}; use `featcache train-head`")
+    check_trainable(backbone.name)
     layer = backbone.make_classifier(n_classes)
     if not backbone.classifier:
         return nn.Sequential(OrderedDict(features=backbone.network, head=layer)), "head"

@@ -114,8 +114,6 @@ class Backbone:
         "train" or "fixed" and the reason, the default when this network is fine-tuned.
     make_classifier
         (number of classes) -> a fresh last layer of the kind that was removed.
-    obstacle
-        Why it cannot be fine-tuned or made again from its name; "" if it can.
     """
 
     name: str
@@ -129,7 +127,6 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict)
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
-    obstacle: str = ""
 
     def describe(self, stored: str = "float32") -> dict[str, Any]:
         """The extractor as plain JSON values: everything that decides the features, and where the weights came from.

@@ -280,6 +280,8 @@ class OnnxNetwork(OutputsByName):
         Outputs or inner tensors to give, as a dictionary; none gives the only output by itself.
     """
 
+    cpu_only = True
+
     def __init__(self, path: Path, layout: str, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.path, self.layout, self.names = path, layout, tuple(names)

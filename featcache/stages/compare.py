@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featcache import files
+from featcache.backbones import check_trainable
 from featcache.cache import check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig, ExtractConfig, is_imported
 from featcache.dataset import describe_data
@@ -102,6 +103,7 @@ def compare(
     config, output = CompareConfig(**settings), Path(output)
     check_replaceable(output)
     config = adopt_existing(config, progress)
+    check_trainable(config.backbone or ExtractConfig.backbone)
     extraction = extract_features(
         data,
         config.features,

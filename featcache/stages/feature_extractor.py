@@ -20,10 +20,9 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
 from featcache import files
-from featcache.backbones import Backbone
-from featcache.backbones.base import hash_tensors
+from featcache.backbones import Backbone, check_unchanged
 from featcache.config import ExtractConfig
-from featcache.errors import BackboneError, SettingsError
+from featcache.errors import SettingsError
 from featcache.images import InputFormat, freeze_list
 from featcache.pictures import list_pictures
 from featcache.progress import SILENT, Progress
@@ -240,13 +239,6 @@ def read_settings(parameters: dict[str, Any]) -> tuple[ExtractConfig, Backbone |
     stated = {name: value for name, value in plain.items() if name in usual and value != usual[name]}
     settings, given = take_backbone({"backbone": usual["backbone"], **stated})
     return ExtractConfig(**settings), given
-
-
-def check_unchanged(backbone: Backbone) -> None:
-    """Raise a BackboneError if a network was trained, or changed otherwise, since it was made a backbone."""
-    state = backbone.network.state_dict()
-    if state and hash_tensors(state) != backbone.weights["tensors_sha256"]:
-        raise BackboneError(f"the weights of {backbone.name} have changed since it was wrapped; wrap it again")
 
 
 def provide_loaded(config: ExtractConfig, progress: Progress) -> Backbone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache import files
-from featcache.backbones import Backbone, attach_classifier, load_backbone
+from featcache.backbones import Backbone, attach_classifier, check_trainable, load_backbone
 from featcache.bundle import save_network
 from featcache.clips import check_video_support
 from featcache.config import RUNS_DIR, FinetuneConfig
@@ -145,7 +146,10 @@ def finetune(
     files.check_folder_writable(output.parent, output)
     check_root(Path(data))
     device = select_device(config.device)
-    backbone = given or load_backbone(config.backbone, weights=config.weights, seed=config.seed, progress=progress)
+    check_trainable(config.backbone)
+    backbone = copy.deepcopy(given) or load_backbone(  # training must leave alone what was given
+        config.backbone, weights=config.weights, seed=config.seed, progress=progress
+    )
     listing = list_samples(data, backbone, config, progress)
     listing, bad = leave_out_bad(listing, backbone, config, progress)
     extractor = backbone.describe()

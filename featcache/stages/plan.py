@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.backbones import Backbone, load_backbone
+from featcache.backbones import Backbone, check_unchanged, load_backbone
 from featcache.cache import (
     FeatureCache,
     Part,
@@ -129,8 +129,9 @@ def plan_extraction(
             f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "
             f"--backbone {made_with}, write elsewhere with -o OTHER.h5, or replace it with --force"
         )
-    device = select_device(config.device)
+    select_device(config.device)
     backbone = given or provide_backbone(config, progress)
+    device = select_device(config.device, backbone.network)
     extractor = backbone.describe(config.store)
     if old and not explain and not config.force:
         check_same_extractor(old, output, extractor)
@@ -179,6 +180,7 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
     given = settings.get("backbone")
     if not isinstance(given, Backbone):
         return dict(settings), None
+    check_unchanged(given)
     making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings]
     if making:
         raise SettingsError(

@@ -69,11 +69,15 @@ def predict(
     'bees'
     """
     check_present(images)
-    chosen_device = select_device(device)
+    select_device(device)
     classifier = load_classifier(run, progress=progress)
     paths = expand_paths(images, clips=classifier.preprocessing.frames > 0)
     probabilities, bad = classifier.predict_files(
-        paths, device=chosen_device, batch_size=batch_size, workers=workers, progress=progress
+        paths,
+        device=select_device(device, classifier.network),
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
     )
     if len(bad) == len(paths):
         raise BadImagesError(bad)

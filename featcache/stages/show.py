@@ -81,10 +81,10 @@ def show(
 
 def show_batch(data: Path, output: Path, *, n_images: int, seed: int, backbone: str) -> None:
     """Draw a random training batch, augmented as for fine-tuning, with its labels."""
-    listing = list_dataset(data)
+    preprocessing = describe_preprocessing(backbone)
+    listing = list_dataset(data, clips=preprocessing.frames > 0)
     train = listing.splits["train"]
     chosen = np.random.default_rng(seed).permutation(len(train))[:n_images]
-    preprocessing = describe_preprocessing(backbone)
     torch.manual_seed(seed)
     batch = decode_rows(listing.root, [train.paths[i] for i in chosen], make_training_transform(preprocessing))
     figure = draw_grid(
