@@ -244,7 +244,7 @@ def make_slug(text: str) -> str:
     """A name as part of a file's; one that had to be changed gets a digest, so that no two become the same.
 
     >>> make_slug("resnet18"), make_slug("timm:vit_tiny")
-    ('resnet18', 'timm_vit_tiny-3dfe65')
+    ('resnet18', 'timm_vit_tiny-d4f01b')
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[-60:].lstrip("._")
     return slug if slug == text else f"{slug}-{hash_bytes(text.encode())[:6]}"
