@@ -121,6 +121,8 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
         )
     if backbone is None:
         backbone = remake_backbone(saved.extractor, with_weights=saved.is_head, progress=progress)
+    else:
+        check_same_features(folder, saved.extractor, backbone)
     if saved.is_head and backbone.weights["tensors_sha256"] != known["tensors_sha256"]:
         raise RunError(
             f"{folder} was trained on features of {backbone.name} with the weights {known['name']} "
@@ -143,6 +145,17 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
     return Classifier(
         network=network.eval().requires_grad_(False), classes=saved.classes, preprocessing=backbone.preprocessing
     )
+
+
+def check_same_features(folder: Path, extractor: Mapping[str, Any], backbone: Backbone) -> None:
+    """Raise a RunError if a backbone, its weights aside, is not the one that a run was made with."""
+    described = backbone.describe()
+    for name in ("options", "layer", "layers", "preprocessing"):
+        if described.get(name) != extractor.get(name):
+            what = "code" if name == "options" else name
+            raise RunError(
+                f"{folder} was made with a network of another {what} than the one given; give the same again"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,6 +173,14 @@ def test_layers_of_a_real_network_are_its_own_intermediate_outputs() -> None:
     torch.testing.assert_close(backbone.network(images), expected, rtol=0, atol=1e-6)
 
 
+def test_one_layer_may_be_pooled_in_two_ways(tiny: type[TinyFamily]) -> None:
+    images, alone = make_images(), [load_tiny("norm:max"), load_tiny("norm:avg")]
+    both = load_tiny("norm:max", "norm:avg")
+    assert torch.equal(both.network(images), torch.cat([one.network(images) for one in alone], dim=1))
+    watched = wrap_network(Branching(), SMALL, layer=["norm:max", "norm:avg"])
+    assert watched.network(images).shape == (2, 12)
+
+
 def test_pool_is_for_the_layers_that_name_none(tiny: type[TinyFamily]) -> None:
     assert load_tiny("conv", "norm:max", pool="avg").layer == "conv (avg), norm (max)"
 
@@ -285,7 +293,7 @@ def test_a_layer_that_does_not_run_is_refused() -> None:
         (["nrm"], None, "tiny has no layer 'nrm': did you mean norm"),
         (["norm"], None, "layer norm of tiny gives 8 x 8 x 8 numbers per image, not a vector; say how to pool them"),
         (["norm"], "cls", "layer norm of tiny has no tokens but a map of 8 x 8 x 8; --pool cls is for transformers"),
-        (["norm:avg", "norm:max"], None, "--layer norm is given twice; once is enough"),
+        (["norm:avg", "conv:max", "norm"], "avg", "--layer norm is given twice; once is enough"),
         (["norm:mean"], None, "--layer norm:mean: unknown pool 'mean', expected NAME or NAME:POOL with avg, max"),
         ([], "avg", "--pool avg has nothing to pool: the features of tiny are a vector; name a --layer"),
     ],

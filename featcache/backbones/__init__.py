@@ -194,7 +194,7 @@ def freeze_network(
             tensors,
             where=file.name if file else "",
             replaced=classifier.name if classifier else "",
-            ignored=torchvision.AUXILIARY,
+            ignored=(*torchvision.AUXILIARY, *timm.list_heads(network)),
         )
     batch_norm = describe_batch_norm(network, name)
     if verify and classifier and not layer:

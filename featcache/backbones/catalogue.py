@@ -266,7 +266,10 @@ def keep_measured(known: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _is_cost(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"width", "parameters", "operations", "input_shape"}
+    if not isinstance(value, dict) or set(value) != {"width", "parameters", "operations", "input_shape"}:
+        return False
+    numbers, shape = [value["width"], value["parameters"], value["operations"] or 0], value["input_shape"]
+    return isinstance(shape, list) and all(isinstance(number, int) for number in (*numbers, *shape))
 
 
 def _measure_or_none(name: str) -> dict[str, Any] | None:

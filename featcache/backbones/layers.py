@@ -144,10 +144,9 @@ def pick_layers(
         If there is no layer of a name, or it has no vector and no pool was named.
     """
     asked = [parse_layer(text, pool) for text in layers]
-    names = [name for name, _ in asked]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise BackboneError(f"--layer {sorted(repeated)[0]} is given twice; once is enough")
-    source = select_outputs(network, names, where=where)
+    if repeated := [name for i, (name, own) in enumerate(asked) if (name, own) in asked[:i]]:
+        raise BackboneError(f"--layer {repeated[0]} is given twice; once is enough")
+    source = select_outputs(network, list(dict.fromkeys(name for name, _ in asked)), where=where)
     outputs = forward_shape(source, shape, where=where)
     picks = [measure_pick(name, own, outputs[name], shape, where) for name, own in asked]
     return LayerFeatures(source, picks)

@@ -46,7 +46,8 @@ def list_names() -> list[str]:
 
 def has_name(name: str) -> bool:
     """Whether there is such a network, with or without a tag."""
-    return bool(import_timm().is_model(name))
+    timm, (network, _, tag) = import_timm(), name.partition(".")
+    return bool(timm.is_model(network)) and (not tag or name in timm.models.get_arch_pretrained_cfgs(network))
 
 
 def list_weights(name: str) -> list[WeightsEntry]:
@@ -129,6 +130,16 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     network = _keep_simple_classifier(network)
     path = _find_cached(_find_config(name, entry))
     return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
+
+
+def list_heads(network: nn.Module) -> tuple[str, ...]:
+    """Names of the classifiers of a network that timm made with more than one; its weights have them, it does not.
+
+    A network of anybody else has none.
+    """
+    config = getattr(network, "default_cfg", None)
+    heads = config.get("classifier") if isinstance(config, Mapping) else None
+    return tuple(heads) if isinstance(heads, tuple | list) else ()
 
 
 def _keep_simple_classifier(network: Any) -> nn.Module:
