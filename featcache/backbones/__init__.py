@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from featcache.backbones import efficientnet_lite, module, onnx, timm, torchvision
 from featcache.backbones.base import Backbone, Family, WeightsEntry, WeightsFile, hash_tensors
-from featcache.backbones.layers import LayerFeatures, Pick, measure_pick, pick_layers
+from featcache.backbones.layers import LayerFeatures, Pick, WatchedModules, measure_pick, pick_layers
 from featcache.backbones.structure import (
     Classifier,
     check_ends,
@@ -188,8 +188,9 @@ def freeze_network(
     network.eval().requires_grad_(False)  # NOTE: eval() before features, or BatchNorm drifts
     shape = preprocessing.input_shape
     classifier = None if trunk or is_foreign(network) else find_classifier(network, shape, where=name)
+    whole = True
     if tensors:
-        fit_weights(
+        whole = fit_weights(
             network,
             tensors,
             where=file.name if file else "",
@@ -200,6 +201,8 @@ def freeze_network(
     if verify and classifier and not layer:
         check_ends(network, classifier, shape, where=name)
     features = select_features(network, classifier, layer, pool, shape, name, trunk=bool(trunk))
+    if classifier and not whole:
+        check_without(features, classifier, weights["name"], where=name)
     state = features.network.state_dict()
     weights["tensors_sha256"] = file.sha256 if file and is_foreign(network) else hash_tensors(state)
     kept = classifier if classifier and not features.picks else None
@@ -268,6 +271,19 @@ def select_features(
     if not isinstance(output, Tensor) or tuple(output.shape) != (1, classifier.width):
         raise BackboneError(f"{name} does more behind its last layer {classifier.name}; name a layer with --layer")
     return Features(network, classifier.width, f"input of {classifier.name}")
+
+
+def check_without(features: Features, classifier: Classifier, weights: str, *, where: str) -> None:
+    """Raise a WeightsError if picked layers need a classifier that the weights do not have."""
+    names = {pick.name for pick in features.picks}
+    used = any(f".{classifier.name}." in f".{name}" for name in features.network.state_dict())
+    traced = not any(isinstance(part, WatchedModules) for part in features.network.modules())
+    named = any(f"{classifier.name}.".startswith(f"{name}.") for name in names)
+    if names and (used if traced else named):
+        raise WeightsError(
+            f"the weights {weights} have no classifier {classifier.name} that fits {where}, and layer "
+            f"{', '.join(sorted(names))} needs it; choose a layer before it"
+        )
 
 
 def _refuse_pool(pool: str | None, name: str) -> None:

@@ -129,7 +129,7 @@ def name_download(url: str, sha256: str) -> Path:
 
 def fit_weights(
     network: nn.Module, tensors: StateDict, *, where: str, replaced: str = "", ignored: Sequence[str] = ()
-) -> None:
+) -> bool:
     """Put tensors into a network, its classifier aside: that one may be there, missing, or of another size.
 
     Prefixes that wrappers put before all names are left out.
@@ -147,6 +147,10 @@ def fit_weights(
     ignored
         Names of modules that a file may hold and the network has no use for.
 
+    Returns
+    -------
+    Whether the classifier's tensors were there and fitted; otherwise it keeps its own.
+
     Raises
     ------
     WeightsError
@@ -157,6 +161,9 @@ def fit_weights(
     prefixes = tuple(f"{name}." for name in (replaced, *ignored) if name)
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     kept = {name: tensor for name, tensor in wanted.items() if name.startswith(prefixes)}
+    whole = all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in kept.items())
+    if whole:
+        kept = {name: tensors[name] for name in kept}
     for name, tensor in wanted.items():
         if name in kept:
             continue
@@ -179,6 +186,7 @@ def fit_weights(
             f"network; are they of another one?"
         )
     network.load_state_dict({**given, **kept})
+    return whole
 
 
 def strip_prefixes(tensors: StateDict, wanted_names: Collection[str]) -> StateDict:
