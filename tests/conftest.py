@@ -104,9 +104,9 @@ class TinyFamily:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
     """Make the backbone "tiny" known (use it with weights="none"), its forward passes counted from 0."""
-    import featcache.backbones
+    from featcache.backbones import families
 
-    monkeypatch.setattr(featcache.backbones, "FAMILIES", (*featcache.backbones.FAMILIES, TinyFamily()))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, TinyFamily()))
     TinyFamily.calls = 0
     return TinyFamily
 

@@ -10,41 +10,32 @@ onnx:FILE         any network exported to ONNX (`onnx`)
 module:FUNCTION   the user's own code (`module`)
 ================  ==================================================================================================
 
-`base` says what a family answers, `structure` what a network tells of itself, `layers` how any layer becomes features,
-`weights` how tensors are read from files. This module finds the family and freezes what it makes.
+`base` says what a family answers, `families` which one has a name, `weights` how tensors are read from files,
+`structure` what a network tells of itself, `layers` how any layer becomes features, `freezing` makes a backbone of all
+that, and `catalogue` lists what there is.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from featcache.backbones import efficientnet_lite, module, onnx, timm, torchvision
-from featcache.backbones.base import Backbone, Family, WeightsEntry, WeightsFile, hash_tensors
-from featcache.backbones.layers import LayerFeatures, Pick, WatchedModules, measure_pick, pick_layers
-from featcache.backbones.structure import (
-    Classifier,
-    check_ends,
-    describe_batch_norm,
-    find_classifier,
-    forward_shape,
-    set_submodule,
-)
-from featcache.backbones.weights import fetch_weights, fit_weights, is_url, read_weights, strip_prefixes
-from featcache.errors import BackboneError, SettingsError, WeightsError
-from featcache.fetching import hide_credentials
+from featcache.backbones import module, onnx
+from featcache.backbones.base import Backbone, Family, WeightsEntry, hash_tensors
+from featcache.backbones.families import choose_weights, find_family, find_trunk, list_backbones
+from featcache.backbones.freezing import freeze_network
+from featcache.backbones.layers import Pick
+from featcache.backbones.structure import set_submodule
+from featcache.errors import BackboneError, SettingsError
 from featcache.images import InputFormat, Preprocessing
 from featcache.progress import SILENT, Progress
 
 __all__ = [
-    "FAMILIES",
-    "PREFIXES",
     "Backbone",
     "Family",
     "Pick",
@@ -59,14 +50,6 @@ __all__ = [
     "remake_backbone",
     "wrap_network",
 ]
-
-FAMILIES: tuple[Family, ...] = (torchvision, efficientnet_lite)
-PREFIXES: dict[str, Family] = {"timm": timm, "onnx": onnx, "module": module}
-
-
-def list_backbones() -> list[str]:
-    """Names of all backbones that need no prefix."""
-    return [name for family in FAMILIES for name in family.list_names()]
 
 
 def load_backbone(
@@ -151,181 +134,11 @@ def load_backbone(
     )
 
 
-def freeze_network(
-    network: nn.Module,
-    *,
-    name: str,
-    file: WeightsFile | None,
-    weights: dict[str, Any],
-    preprocessing: Preprocessing,
-    options: dict[str, Any],
-    trunk: str = "",
-    layer: Sequence[str] = (),
-    pool: str | None = None,
-    verify: bool = False,
-) -> Backbone:
-    """Put the weights in, find out what the features are, and freeze everything.
-
-    Parameters
-    ----------
-    network
-        Whole, as the family made it.
-    file
-        Its tensors, if they are not in it already.
-    trunk
-        Dotted name of the part that is the backbone; "" is all of it.
-    name, weights, preprocessing, options
-        As in `Backbone`.
-    layer, pool
-        As in `load_backbone`.
-    verify
-        See with a real picture that nothing comes behind the classifier.
-    """
-    tensors = dict(file.tensors) if file else {}
-    if trunk:
-        tensors = take_trunk(strip_prefixes(tensors, network.state_dict()), trunk)
-        network = network.get_submodule(trunk)
-    network.eval().requires_grad_(False)  # NOTE: eval() before features, or BatchNorm drifts
-    shape = preprocessing.input_shape
-    classifier = None if trunk or is_foreign(network) else find_classifier(network, shape, where=name)
-    whole = True
-    if tensors:
-        whole = fit_weights(
-            network,
-            tensors,
-            where=file.name if file else "",
-            replaced=classifier.name if classifier else "",
-            ignored=(*torchvision.AUXILIARY, *timm.list_heads(network)),
-        )
-    batch_norm = describe_batch_norm(network, name)
-    if verify and classifier and not layer:
-        check_ends(network, classifier, shape, where=name)
-    features = select_features(network, classifier, layer, pool, shape, name, trunk=bool(trunk))
-    if classifier and not whole:
-        check_without(features, classifier, weights["name"], where=name)
-    state = features.network.state_dict()
-    weights["tensors_sha256"] = file.sha256 if file and is_foreign(network) else hash_tensors(state)
-    kept = classifier if classifier and not features.picks else None
-    return Backbone(
-        name=name,
-        network=features.network.eval().requires_grad_(False),
-        classifier=kept.name if kept else "",
-        layer=features.description,
-        picks=features.picks,
-        width=features.width,
-        preprocessing=preprocessing,
-        weights=weights,
-        options=options,
-        batch_norm=batch_norm,
-        make_classifier=kept.make_like if kept else lambda n_classes: nn.Linear(features.width, n_classes),
-    )
-
-
-class Features(NamedTuple):
-    """What gives the features: a network (B, ...) -> (B, width), in words, and the layers if such were asked for."""
-
-    network: nn.Module
-    width: int
-    description: str
-    picks: tuple[Pick, ...] = ()
-
-
-def select_features(
-    network: nn.Module,
-    classifier: Classifier | None,
-    layer: Sequence[str],
-    pool: str | None,
-    shape: tuple[int, ...],
-    name: str,
-    *,
-    trunk: bool,
-) -> Features:
-    """The features of a whole network: named layers, a trunk's widest map, what goes into the classifier, its output.
-
-    Raises
-    ------
-    BackboneError
-        If a layer is unknown or gives no vector.
-    SettingsError
-        If a pool is given for features that are a vector.
-    """
-    if layer:
-        picked = pick_layers(network, layer, pool, shape, where=name)
-        words = ", ".join(map(str, picked.picks))
-        return Features(picked, sum(pick.width for pick in picked.picks), words, picked.picks)
-    if trunk:
-        source = AsMaps(network)
-        key, output = max(forward_shape(source, shape, where=name).items(), key=lambda item: int(item[1].shape[1]))
-        pick = measure_pick(key, pool or "avg", output, shape, name)
-        return Features(LayerFeatures(source, [pick]), pick.width, f"widest map of the trunk ({pick.pool})")
-    if classifier is None:
-        output = forward_shape(network, shape, where=name)
-        pick = measure_pick("output", pool, output, shape, name)
-        if pick.pool:
-            return Features(LayerFeatures(AsMaps(network), [pick]), pick.width, f"output ({pick.pool})")
-        _refuse_pool(pool, name)
-        return Features(network, pick.width, "output")
-    _refuse_pool(pool, name)
-    set_submodule(network, classifier.name, nn.Identity())
-    output = forward_shape(network, shape, where=name)
-    if not isinstance(output, Tensor) or tuple(output.shape) != (1, classifier.width):
-        raise BackboneError(f"{name} does more behind its last layer {classifier.name}; name a layer with --layer")
-    return Features(network, classifier.width, f"input of {classifier.name}")
-
-
-def check_without(features: Features, classifier: Classifier, weights: str, *, where: str) -> None:
-    """Raise a WeightsError if picked layers need a classifier that the weights do not have."""
-    names = {pick.name for pick in features.picks}
-    used = any(f".{classifier.name}." in f".{name}" for name in features.network.state_dict())
-    traced = not any(isinstance(part, WatchedModules) for part in features.network.modules())
-    named = any(f"{classifier.name}.".startswith(f"{name}.") for name in names)
-    if names and (used if traced else named):
-        raise WeightsError(
-            f"the weights {weights} have no classifier {classifier.name} that fits {where}, and layer "
-            f"{', '.join(sorted(names))} needs it; choose a layer before it"
-        )
-
-
-def _refuse_pool(pool: str | None, name: str) -> None:
-    if pool is not None:
-        raise SettingsError(f"--pool {pool} has nothing to pool: the features of {name} are a vector; name a --layer")
-
-
-class AsMaps(nn.Module):
-    """A network whose output is a dictionary of tensors, whatever it was: a single one is called "output"."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        outputs = self.network(images)
-        return dict(outputs) if isinstance(outputs, Mapping) else {"output": outputs}
-
-
-def take_trunk(tensors: Mapping[str, Tensor], trunk: str) -> dict[str, Tensor]:
-    """The tensors of the trunk by its own names; all of them if they are those of a trunk already."""
-    prefix = trunk + "."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} or dict(
-        tensors
-    )
-
-
-def is_foreign(network: nn.Module) -> bool:
-    """Whether it is not torch that runs this network."""
-    return isinstance(network, onnx.OnnxNetwork)
-
-
 def check_unchanged(backbone: Backbone) -> None:
     """Raise a BackboneError if a network was trained, or changed otherwise, since it was made a backbone."""
     state = backbone.network.state_dict()
     if state and hash_tensors(state) != backbone.weights["tensors_sha256"]:
         raise BackboneError(f"the weights of {backbone.name} have changed since it was wrapped; wrap it again")
-
-
-def find_trunk(family: Family, name: str, network: nn.Module) -> str:
-    """Dotted name of the trunk of a dense model, "" of all others."""
-    return torchvision.find_trunk(name, network) if family is torchvision else ""
 
 
 def check_layout(name: str, family: Family, images: InputFormat | None) -> None:
@@ -361,55 +174,6 @@ def make_preprocessing(name: str, images: InputFormat | None, suggested: InputFo
     return merged.make_preprocessing()
 
 
-class ChosenWeights(NamedTuple):
-    """What `--weights` stands for: a text that means the same elsewhere, an entry of the family, tensors."""
-
-    requested: str
-    entry: str | None
-    file: WeightsFile | None
-
-
-def choose_weights(family: Family, name: str, plain: str, weights: str, progress: Progress) -> ChosenWeights:
-    """Find and read weights.
-
-    Raises
-    ------
-    WeightsError
-        If there are none of that name, or they cannot be read.
-    WeightsUnavailableError
-        If they cannot be had.
-    """
-    if weights == "none":
-        if family in (onnx, module):
-            raise WeightsError(f"{name} has its own weights; --weights none is for networks that featcache makes")
-        return ChosenWeights("none", None, None)
-    entries = family.list_weights(plain)
-    names = [entry.name for entry in entries]
-    if weights == "default":
-        if not entries:
-            raise WeightsError(f"{name} has no pretrained weights; name a file with --weights PATH, or --weights none")
-        return ChosenWeights(weights, names[0], family.read_weights(plain, names[0], progress))
-    if weights in names:
-        return ChosenWeights(weights, weights, family.read_weights(plain, weights, progress))
-    if family is onnx:
-        raise WeightsError(f"{name} has its weights inside; --weights cannot change them")
-    if is_url(weights):
-        url, _, digest = weights.partition("#")
-        file, requested = fetch_weights(weights, progress), f"{hide_credentials(url)}#{digest}"
-    else:
-        path = Path(weights)
-        if not path.is_file():
-            raise WeightsError(
-                f"no weights at {weights}: expected {', '.join(['default', 'none', *names])}, the path of a state dict "
-                f"(.pth or .safetensors), or https://...#sha256=..."
-            )
-        file, requested = read_weights(path), str(path.resolve())
-    known = [entry.name for entry in entries if entry.digest and file.sha256.startswith(entry.digest)]
-    if family is torchvision:
-        file = torchvision.rename_tensors(file)
-    return ChosenWeights(requested, known[0] if known else None, file)
-
-
 def remake_backbone(
     extractor: Mapping[str, Any], *, with_weights: bool = True, progress: Progress = SILENT
 ) -> Backbone:
@@ -431,12 +195,15 @@ def remake_backbone(
     """
     family, plain = find_family(extractor["backbone"])
     described, options = extractor["weights"], dict(extractor.get("options", {}))
+    requested = described["requested"]
+    if family is onnx:
+        plain, requested = requested, "default"  # where the file was, whatever folder this is
     seed = int(described.get("seed") or 0)
     if family is module:
         progress.say(f"{extractor['backbone']} runs your own code")
     file = None
     if with_weights:
-        file = choose_weights(family, extractor["backbone"], plain, described["requested"], progress).file
+        file = choose_weights(family, extractor["backbone"], plain, requested, progress).file
     network = _make_seeded(lambda: family.make_network(plain, options), seed)
     if family is module and module.hash_code(network) != options["code_sha256"]:
         raise BackboneError(f"the code of {extractor['backbone']} has changed since; bring it back, or extract again")
@@ -519,31 +286,6 @@ def describe_preprocessing(name: str) -> Preprocessing:
     entry = entries[0].name if entries else None
     network = family.make_network(plain, family.list_options(plain, entry))
     return make_preprocessing(name, None, family.describe_input(plain, entry, network))
-
-
-def find_family(name: str) -> tuple[Family, str]:
-    """The family that has a network of this name, and the name without its prefix.
-
-    Raises
-    ------
-    BackboneError
-        If there is none; the message suggests the nearest name.
-    """
-    prefix, colon, plain = name.partition(":")
-    if colon and prefix in PREFIXES:
-        if prefix == "timm" and not timm.has_name(plain):
-            raise BackboneError(_say_unknown(name, [f"timm:{one}" for one in timm.list_names()]))
-        return PREFIXES[prefix], plain
-    for family in FAMILIES:
-        if name in family.list_names():
-            return family, name
-    raise BackboneError(_say_unknown(name, list_backbones()))
-
-
-def _say_unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown backbone {name!r}: {hint}`featcache backbones` lists them; also timm:NAME, onnx:FILE, module:FUNC"
 
 
 def check_trainable(name: str) -> None:

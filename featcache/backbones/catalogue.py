@@ -20,17 +20,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from featcache.backbones import (
-    FAMILIES,
-    WeightsEntry,
-    find_family,
-    find_trunk,
-    list_backbones,
-    make_preprocessing,
-    select_features,
-    timm,
-    torchvision,
-)
+from featcache.backbones import families, make_preprocessing, timm, torchvision
+from featcache.backbones.base import WeightsEntry
+from featcache.backbones.families import find_family, find_trunk, list_backbones
+from featcache.backbones.freezing import select_features
 from featcache.backbones.layers import list_layers
 from featcache.backbones.structure import count_operations, find_classifier
 from featcache.backbones.weights import find_downloads
@@ -196,7 +189,7 @@ def make_without_values(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     entries = family.list_weights(plain)
     entry = entries[0].name if entries else None
     options = family.list_options(plain, entry)
-    if family in FAMILIES or family is timm:
+    if family in families.FAMILIES or family is timm:
         with ParametersOnMeta():
             network = family.make_network(plain, options)
     else:

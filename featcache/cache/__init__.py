@@ -51,6 +51,7 @@ from featcache.cache.key import (
     hash_extractor,
     key_parts,
     list_differences,
+    name_network,
     shorten,
 )
 from featcache.cache.lock import hold_output
@@ -114,6 +115,7 @@ __all__ = [
     "list_parts",
     "make_known_files",
     "merge_parts",
+    "name_network",
     "open_cache",
     "open_old",
     "open_sources",

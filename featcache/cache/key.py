@@ -14,13 +14,24 @@ KEY_SCHEMA = 1
 def key_parts(extractor: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an extractor's description that decides the features, and nothing else.
 
-    Where the weights lay and what the file was called is left out: the same tensors are the same weights.
+    Where the weights lay and what the file was called is left out: the same tensors are the same weights, and the same
+    ONNX file is the same network.
     """
-    weights = extractor.get("weights")
+    weights, backbone = extractor.get("weights"), extractor.get("backbone")
     return {
         **extractor,
+        "backbone": name_network(backbone) if isinstance(backbone, str) else backbone,
         "weights": weights.get("tensors_sha256") if isinstance(weights, Mapping) else weights,
     }
+
+
+def name_network(backbone: str) -> str:
+    """A backbone's name as far as it decides the features.
+
+    >>> name_network("resnet18"), name_network("onnx:/home/me/net.onnx")
+    ('resnet18', 'onnx')
+    """
+    return "onnx" if backbone.startswith("onnx:") else backbone
 
 
 def hash_extractor(extractor: Mapping[str, Any]) -> str:

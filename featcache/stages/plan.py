@@ -21,6 +21,7 @@ from featcache.cache import (
     keep_files,
     list_parts,
     make_known_files,
+    name_network,
     open_cache,
     open_old,
     parts_path,
@@ -123,7 +124,12 @@ def plan_extraction(
             f"{output} was made by another extractor: its features are imported, from {old.provenance['table']}; write "
             f"elsewhere with -o OTHER.h5, or replace it with --force"
         )
-    if old and not explain and not config.force and old.extractor["backbone"] != config.backbone:
+    if (
+        old
+        and not explain
+        and not config.force
+        and name_network(old.extractor["backbone"]) != name_network(config.backbone)
+    ):
         made_with = old.extractor["backbone"]  # seen before anything is downloaded for the wrong one
         raise StaleCacheError(
             f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "

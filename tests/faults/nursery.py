@@ -32,11 +32,10 @@ import torch
 from conftest import COLOURS, TinyFamily, draw_photo, fill_class
 from disks import FailingDisk, PowerlessDisk, WatchedDisk
 
-import featcache.backbones
 import featcache.cache.lock
 import featcache.cache.parts
 from featcache import files
-from featcache.backbones import load_backbone
+from featcache.backbones import families, load_backbone
 from featcache.cache import (
     FeatureCache,
     FeatureSplit,
@@ -535,7 +534,7 @@ EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    featcache.backbones.FAMILIES = (*featcache.backbones.FAMILIES, TinyFamily())
+    families.FAMILIES = (*families.FAMILIES, TinyFamily())
     torch.set_num_threads(1)
     name, place, *numbers = sys.argv[1:]
     with contextlib.redirect_stderr(io.StringIO()):
