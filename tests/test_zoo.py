@@ -17,7 +17,7 @@ from torchvision import datasets, models, transforms
 from featcache import InputFormat, extract_features, finetune, load_backbone
 from featcache.backbones import attach_classifier
 from featcache.backbones import torchvision as torchvision_family
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, WeightsError
 from featcache.images import make_evaluation_transform
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -114,6 +114,25 @@ def test_a_trunk_is_fine_tuned_with_a_layer_behind_its_features() -> None:
 def test_images_that_a_network_does_not_take_are_named() -> None:
     with pytest.raises(BackboneError, match=r"vit_b_16 does not take images of 3 x 96 x 96 .*--input-size"):
         load_backbone("vit_b_16", weights="none", images=InputFormat(input_size=(96, 96)))
+
+
+def test_a_layer_behind_the_classifier_has_the_classifier_of_the_weights(tmp_path: Path) -> None:
+    original = make_original("resnet18")
+    torch.save(original.state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone("resnet18", weights=str(tmp_path / "w.pth"), layer="fc")
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(backbone.network(images), original(images))
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_a_layer_behind_the_classifier_is_refused_where_the_weights_have_none(classes: int, tmp_path: Path) -> None:
+    state = {name: one for name, one in make_original("resnet18").state_dict().items() if not name.startswith("fc.")}
+    if classes:
+        state |= {"fc.weight": torch.ones(classes, 512), "fc.bias": torch.ones(classes)}
+    torch.save(state, tmp_path / "w.pth")
+    assert load_backbone("resnet18", weights=str(tmp_path / "w.pth"), layer="avgpool:avg").width == 512
+    with pytest.raises(WeightsError, match="have no classifier fc that fits resnet18, and layer fc needs it"):
+        load_backbone("resnet18", weights=str(tmp_path / "w.pth"), layer="fc")
 
 
 # --- resnet18, all of it written out in plain torchvision -------------------------------------------------------------
