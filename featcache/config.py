@@ -48,8 +48,69 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig(Settings):
-    """How images become features.
+class ImageSettings(Settings):
+    """What the network sees of an image, where it is not what belongs to the weights; None is that.
+
+    Attributes
+    ----------
+    input_size
+        (H, W) in pixels.
+    resize
+        The shorter side is resized to this before the middle is cut out; (H, W) resizes to exactly that.
+    interpolation
+        One of `INTERPOLATIONS`.
+    channels
+        "RGB", "BGR" or "L".
+    mean, std
+        One number per channel, or one for all, of pixel values in [0, `scale`].
+    scale
+        The largest pixel value: 1 or 255.
+    """
+
+    IMAGES: ClassVar[tuple[str, ...]] = (
+        "input_size",
+        "resize",
+        "interpolation",
+        "channels",
+        "mean",
+        "std",
+        "scale",
+    )
+
+    input_size: tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
+    interpolation: str | None = None
+    channels: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self._spread()
+        for name, choices in CHOICES.items():
+            value = getattr(self, name, None)
+            self._require(value is None or value in choices, name, " or ".join(choices))
+        self._require(not self.input_size or min(self.input_size) >= 1, "input_size", "1 or more pixels")
+        self._require(not self.std or 0 not in self.std, "std", "numbers other than 0")
+        self._require(self.scale is None or 0 < self.scale < math.inf, "scale", "a number above 0, such as 1 or 255")
+
+    def _spread(self) -> None:
+        """One layer is a list of one, one number a square, or all channels."""
+        for name in ("layer", "mean", "std", "input_size"):
+            value = getattr(self, name, None)
+            if isinstance(value, str | int | float):
+                value = (value, value) if name == "input_size" else (value,)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+
+    def image_settings(self) -> dict[str, Any]:
+        """The fields of an `InputFormat`."""
+        return {name: getattr(self, name) for name in self.IMAGES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig(ImageSettings):
+    """How images become features; what they must look like is in `ImageSettings`.
 
     Attributes
     ----------
@@ -63,18 +124,6 @@ class ExtractConfig(Settings):
         classifier.
     pool
         How a layer's map becomes a vector: "avg", "max", "flatten" or "cls".
-    input_size
-        (H, W) in pixels; None is what belongs to the weights, here and in the next six.
-    resize
-        The shorter side is resized to this before the middle is cut out; (H, W) resizes to exactly that.
-    interpolation
-        One of `INTERPOLATIONS`.
-    channels
-        "RGB", "BGR" or "L".
-    mean, std
-        One number per channel, or one for all, of pixel values in [0, `scale`].
-    scale
-        The largest pixel value: 1 or 255.
     layout
         Of an ONNX network's input: "NCHW", "NHWC" or "NF" (rows of numbers).
     batch_size
@@ -107,29 +156,15 @@ class ExtractConfig(Settings):
     OPTIONAL: ClassVar[tuple[str, ...]] = (
         "layer",
         "pool",
-        "input_size",
-        "resize",
-        "interpolation",
-        "channels",
-        "mean",
-        "std",
-        "scale",
+        *ImageSettings.IMAGES,
         "layout",
     )
-
-    IMAGES: ClassVar[tuple[str, ...]] = OPTIONAL[2:]
+    IMAGES: ClassVar[tuple[str, ...]] = (*ImageSettings.IMAGES, "layout")
 
     backbone: str = "resnet18"
     weights: str = "default"
     layer: tuple[str, ...] = ()
     pool: str | None = None
-    input_size: tuple[int, int] | None = None
-    resize: int | tuple[int, int] | None = None
-    interpolation: str | None = None
-    channels: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    scale: float | None = None
     layout: str | None = None
     batch_size: int | None = None
     workers: int | None = None
@@ -145,13 +180,7 @@ class ExtractConfig(Settings):
     force: bool = False
 
     def __post_init__(self) -> None:
-        self._spread()
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            self._require(value is None or value in choices, name, " or ".join(choices))
-        self._require(not self.input_size or min(self.input_size) >= 1, "input_size", "1 or more pixels")
-        self._require(not self.std or 0 not in self.std, "std", "numbers other than 0")
-        self._require(self.scale is None or 0 < self.scale < math.inf, "scale", "a number above 0, such as 1 or 255")
+        super().__post_init__()
         self._require(self.store in STORES, "store", " or ".join(STORES))
         self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
@@ -159,18 +188,9 @@ class ExtractConfig(Settings):
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
 
-    def _spread(self) -> None:
-        """One layer is a list of one, one number a square, or all channels."""
-        for name in ("layer", "mean", "std", "input_size"):
-            value = getattr(self, name)
-            if isinstance(value, str | int | float):
-                value = (value, value) if name == "input_size" else (value,)
-            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-
     def network_settings(self) -> dict[str, Any]:
-        """Those that a backbone is loaded with; `images` are the fields of an `InputFormat`."""
-        images = {name: getattr(self, name) for name in self.IMAGES}
-        return {name: getattr(self, name) for name in ("weights", "seed", "layer", "pool")} | {"images": images}
+        """Those that a backbone is loaded with, beside its images."""
+        return {name: getattr(self, name) for name in ("weights", "seed", "layer", "pool")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +288,7 @@ class HeadConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(ImageSettings):
     """How a network is trained on the images themselves.
 
     The defaults are the classic recipe of PyTorch's transfer-learning tutorial
@@ -310,6 +330,8 @@ class FinetuneConfig(Settings):
         "seed",
     )
 
+    OPTIONAL: ClassVar[tuple[str, ...]] = ImageSettings.IMAGES
+
     backbone: str = ExtractConfig.backbone
     weights: str = ExtractConfig.weights
     epochs: int = 25
@@ -328,6 +350,7 @@ class FinetuneConfig(Settings):
     force: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.epochs >= 1, "epochs", "1 or more")
         self._require(self.batch_size >= 1, "batch_size", "1 or more")
         self._require(0 < self.lr < math.inf, "lr", "a number above 0")

@@ -137,7 +137,7 @@ def load_backbone(
 def check_unchanged(backbone: Backbone) -> None:
     """Raise a BackboneError if a network was trained, or changed otherwise, since it was made a backbone."""
     state = backbone.network.state_dict()
-    if state and hash_tensors(state) != backbone.weights["tensors_sha256"]:
+    if state and hash_tensors(state) != backbone.network_sha256:
         raise BackboneError(f"the weights of {backbone.name} have changed since it was wrapped; wrap it again")
 
 

@@ -114,6 +114,8 @@ class Backbone:
         "train" or "fixed" and the reason, the default when this network is fine-tuned.
     make_classifier
         (number of classes) -> a fresh last layer of the kind that was removed.
+    network_sha256
+        Of the network's tensors by the names that they have in it, see `check_unchanged`.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict)
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
+    network_sha256: str
 
     def describe(self, stored: str = "float32") -> dict[str, Any]:
         """The extractor as plain JSON values: everything that decides the features, and where the weights came from.

@@ -72,10 +72,15 @@ def freeze_network(
     batch_norm = describe_batch_norm(network, name)
     if verify and classifier and not layer:
         check_ends(network, classifier, shape, where=name)
+    state = network.state_dict()
     features = select_features(network, classifier, layer, pool, shape, name, trunk=bool(trunk))
-    if classifier and not whole:
-        check_without(features, classifier, weights["name"], where=name)
-    state = features.network.state_dict()
+    if classifier and not uses_classifier(features, classifier):
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{classifier.name}.")}
+    elif classifier and not whole:
+        raise WeightsError(
+            f"the weights {weights['name']} have no classifier {classifier.name} that fits {name}, and layer "
+            f"{', '.join(pick.name for pick in features.picks)} needs it; choose a layer before it"
+        )
     weights["tensors_sha256"] = file.sha256 if file and is_foreign(network) else hash_tensors(state)
     kept = classifier if classifier and not features.picks else None
     return Backbone(
@@ -90,6 +95,7 @@ def freeze_network(
         options=options,
         batch_norm=batch_norm,
         make_classifier=kept.make_like if kept else lambda n_classes: nn.Linear(features.width, n_classes),
+        network_sha256=hash_tensors(features.network.state_dict()) if features.picks else weights["tensors_sha256"],
     )
 
 
@@ -145,17 +151,11 @@ def select_features(
     return Features(network, classifier.width, f"input of {classifier.name}")
 
 
-def check_without(features: Features, classifier: Classifier, weights: str, *, where: str) -> None:
-    """Raise a WeightsError if picked layers need a classifier that the weights do not have."""
-    names = {pick.name for pick in features.picks}
-    used = any(f".{classifier.name}." in f".{name}" for name in features.network.state_dict())
-    traced = not any(isinstance(part, WatchedModules) for part in features.network.modules())
-    named = any(f"{classifier.name}.".startswith(f"{name}.") for name in names)
-    if names and (used if traced else named):
-        raise WeightsError(
-            f"the weights {weights} have no classifier {classifier.name} that fits {where}, and layer "
-            f"{', '.join(sorted(names))} needs it; choose a layer before it"
-        )
+def uses_classifier(features: Features, classifier: Classifier) -> bool:
+    """Whether picked layers are computed with the classifier."""
+    if any(isinstance(part, WatchedModules) for part in features.network.modules()):  # which run as a whole
+        return any(f"{classifier.name}.".startswith(f"{pick.name}.") for pick in features.picks)
+    return any(f".{classifier.name}." in f".{name}" for name in features.network.state_dict())
 
 
 def _refuse_pool(pool: str | None, name: str) -> None:

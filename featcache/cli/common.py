@@ -110,8 +110,11 @@ layer_options = combine(
            help="Take the features from this layer, see `featcache backbones NAME`; repeatable, side by side.  "
            "[default: what goes into the classifier]"),
     option("--pool", type=click.Choice(POOLS), default=None, help="How a layer's map or tokens become a vector."),
+)  # fmt: skip
+
+image_options = combine(
     option("--input-size", type=Size(square=True), default=None, metavar="PIXELS",
-           help="What the network sees, or HEIGHTxWIDTH.  [default: the weights' own, as the next seven]"),
+           help="What the network sees, or HEIGHTxWIDTH.  [default: the weights' own, as the next six]"),
     option("--resize", type=Size(square=False), default=None, metavar="PIXELS",
            help="Of the shorter side, before the middle is cut out; or HEIGHTxWIDTH, exactly."),
     option("--interpolation", type=click.Choice(INTERPOLATIONS), default=None, help="Of that resizing."),
@@ -119,7 +122,6 @@ layer_options = combine(
     option("--mean", type=Numbers(), default=None, metavar="NUMBERS", help="Per channel, or one for all."),
     option("--std", type=Numbers(), default=None, metavar="NUMBERS", help="Per channel, or one for all."),
     option("--scale", type=float, default=None, metavar="MAX", help="The largest pixel value, mostly 1 or 255."),
-    option("--layout", type=click.Choice(LAYOUTS), default=None, help="Of an ONNX network's input."),
 )  # fmt: skip
 
 
@@ -162,6 +164,8 @@ def output_option(default: str | None, what: str) -> Decorator:
 extract_options = combine(
     backbone_options(),
     layer_options,
+    image_options,
+    option("--layout", type=click.Choice(LAYOUTS), default=None, help="Of an ONNX network's input."),
     option("--batch-size", type=click.IntRange(min=1), default=None,
            help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]"),
     machine_options,

@@ -11,6 +11,7 @@ from featcache.cli.common import (
     TerminalProgress,
     backbone_options,
     force_option,
+    image_options,
     json_option,
     list_left_out,
     machine_options,
@@ -27,6 +28,7 @@ from featcache.config import BATCH_NORMS, RUNS_DIR, FinetuneConfig
 @click.argument("data", type=click.Path())
 @output_option(f"{RUNS_DIR}/finetune", "The run folder.")
 @backbone_options()
+@image_options
 @option(
     "--epochs",
     type=click.IntRange(min=1),

@@ -12,7 +12,7 @@ import numpy as np
 from featcache import files
 from featcache.backbones import check_trainable
 from featcache.cache import check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig, ExtractConfig, is_imported
+from featcache.config import RUNS_DIR, CompareConfig, ExtractConfig, FinetuneConfig, is_imported
 from featcache.dataset import describe_data
 from featcache.errors import BadImage, CacheError, OutputError, RunError
 from featcache.metrics import confusion_matrix
@@ -207,7 +207,8 @@ def provide_head(extraction: Extraction, config: CompareConfig, progress: Progre
 def provide_finetune(data: Path | str, extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
     """The fine-tuning run: the one that lies there if it fits, else a new one."""
     folder = Path(config.runs) / "finetune"
-    wanted = config.stated("epochs", "batch_size", "lr", "seed")
+    images = {name: value for name, value in list_optional(config).items() if name in FinetuneConfig.IMAGES}
+    wanted = {**config.stated("epochs", "batch_size", "lr", "seed"), **images}
     if is_run(folder) and _fits(folder, "finetune", extraction, wanted):
         progress.say(f"finetune: {folder} is reused")
         return folder
@@ -301,6 +302,11 @@ def check_replaceable(output: Path) -> None:
         raise OutputError(f"{output} is there and is not a comparison; choose another place with -o")
 
 
+def plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _fits(folder: Path, kind: str, extraction: Extraction, wanted: Mapping[str, Any]) -> bool:
     """Whether a run is of this kind, of these images and weights, and contradicts nothing that was stated."""
     record, cache = read_record(folder), extraction.cache
@@ -308,5 +314,5 @@ def _fits(folder: Path, kind: str, extraction: Extraction, wanted: Mapping[str, 
         record.kind == kind
         and record.data["fingerprints"] == describe_data(cache.listing)["fingerprints"]
         and record.extractor["weights"]["tensors_sha256"] == cache.extractor["weights"]["tensors_sha256"]
-        and all(record.settings[name] == value for name, value in wanted.items())
+        and all(record.settings.get(name) == plain(value) for name, value in wanted.items())
     )

@@ -248,7 +248,7 @@ def provide_loaded(config: ExtractConfig, progress: Progress) -> Backbone:
     """
     if config.backbone.startswith(("module:", "onnx:")):
         return provide_backbone(config, progress)
-    key = (config.backbone, str(config.network_settings()), _look_at(config.weights))
+    key = (config.backbone, str(config.network_settings() | config.image_settings()), _look_at(config.weights))
     with TURN:
         if key not in _loaded:
             while len(_loaded) >= REMEMBERED:

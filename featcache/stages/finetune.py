@@ -22,6 +22,7 @@ from featcache.dataset import Listing, Split, check_root, describe_data, list_da
 from featcache.errors import BadImage, BadImagesError, DatasetError
 from featcache.images import (
     ImageRows,
+    InputFormat,
     Transform,
     make_checking_loader,
     make_evaluation_transform,
@@ -148,7 +149,11 @@ def finetune(
     device = select_device(config.device)
     check_trainable(config.backbone)
     backbone = copy.deepcopy(given) or load_backbone(  # training must leave alone what was given
-        config.backbone, weights=config.weights, seed=config.seed, progress=progress
+        config.backbone,
+        weights=config.weights,
+        seed=config.seed,
+        images=InputFormat(**config.image_settings()),
+        progress=progress,
     )
     listing = list_samples(data, backbone, config, progress)
     listing, bad = leave_out_bad(listing, backbone, config, progress)

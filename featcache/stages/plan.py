@@ -170,9 +170,8 @@ def plan_extraction(
 
 def provide_backbone(config: ExtractConfig, progress: Progress) -> Backbone:
     """The backbone that the settings name."""
-    settings = config.network_settings()
-    images = InputFormat(**settings.pop("images"))
-    return load_backbone(config.backbone, images=images, progress=progress, **settings)
+    images = InputFormat(**config.image_settings())
+    return load_backbone(config.backbone, images=images, progress=progress, **config.network_settings())
 
 
 def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone | None]:
