@@ -12,7 +12,7 @@ from featcache import files
 from featcache.backbones.catalogue import find_cost
 from featcache.cache import FeatureCache, check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig, HeadConfig
-from featcache.errors import BackboneError, BadImage, SettingsError
+from featcache.errors import BackboneError, BadImage, MissingExtraError, SettingsError
 from featcache.files import hash_bytes
 from featcache.plots import draw_ranking, save_figure
 from featcache.progress import SILENT, Progress
@@ -119,7 +119,7 @@ def rank_backbones(
                 force=config.force,
                 **config.stated("weights", "val_fraction", "seed", "store", "workers"),
             )
-        except BackboneError as error:
+        except (BackboneError, MissingExtraError) as error:
             failed[backbone] = str(error)
             progress.say(f"WARNING: {backbone} cannot be used and is left out")
             if len(failed) == len(backbones):
@@ -169,7 +169,8 @@ def rank_caches(
     opened = {Path(path): open_cache(path) for path in caches}
     for path, cache in opened.items():
         check_complete(cache, path)
-    folders = [train_head(path, name_run(runs, path), progress=progress, **settings).folder for path in opened]
+    places = zip(opened, name_runs(runs, list(opened)), strict=True)
+    folders = [train_head(path, folder, progress=progress, **settings).folder for path, folder in places]
     names = name_features(list(opened.values()), list(opened))
     arms = [replace(arm, name=name) for arm, name in zip(load_arms(folders), names, strict=True)]
     described = [describe_features_of(arm, cache) for arm, cache in zip(arms, opened.values(), strict=True)]
@@ -240,11 +241,24 @@ def name_run(runs: Path | str, cache: Path) -> Path:
     return Path(runs) / f"head-{make_slug(cache.stem.removeprefix('features-'))}"
 
 
+def name_runs(runs: Path | str, caches: Sequence[Path]) -> list[Path]:
+    """The runs of the heads on some caches' features, by the whole path where files have one name in several folders.
+
+    >>> [path.name for path in name_runs("runs", [Path("a.h5"), Path("x/b.h5"), Path("y/b.h5")])]
+    ['head-a', 'head-x_b.h5-1a8465', 'head-y_b.h5-aa9c95']
+    """
+    usual = [name_run(runs, path) for path in caches]
+    return [
+        folder if usual.count(folder) == 1 else Path(runs) / f"head-{make_slug(str(path))}"
+        for path, folder in zip(caches, usual, strict=True)
+    ]
+
+
 def make_slug(text: str) -> str:
     """A name as part of a file's; one that had to be changed gets a digest, so that no two become the same.
 
     >>> make_slug("resnet18"), make_slug("timm:vit_tiny")
-    ('resnet18', 'timm_vit_tiny-3dfe65')
+    ('resnet18', 'timm_vit_tiny-d4f01b')
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[-60:].lstrip("._")
     return slug if slug == text else f"{slug}-{hash_bytes(text.encode())[:6]}"
