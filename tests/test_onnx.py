@@ -437,7 +437,27 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
     refuse(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"size": 3}', '{"layout": "CHWN"}', '{"mean": "grey"}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"size": 3}',
+        '{"layout": "CHWN"}',
+        '{"mean": "grey"}',
+        '{"mean": [0, "grey"]}',
+        '{"mean": NaN}',
+        '{"std": 0}',
+        '{"std": [1, Infinity, 1]}',
+        '{"scale": 0}',
+        '{"scale": "large"}',
+        '{"resize": "large"}',
+        '{"input_size": -3}',
+        '{"input_size": [3, 3.5]}',
+        '{"input_size": [3, 3, 3]}',
+        "\xff",
+    ],
+)
 def test_a_file_beside_that_says_nothing_is_refused_and_named(text: str, tmp_path: Path) -> None:
     path = save_nhwc(tmp_path / "net.onnx")
     path.with_suffix(".json").write_bytes(text.encode("latin-1"))
