@@ -91,6 +91,8 @@ class ImageSettings(Settings):
             value = getattr(self, name, None)
             self._require(value is None or value in choices, name, " or ".join(choices))
         self._require(not self.input_size or min(self.input_size) >= 1, "input_size", "1 or more pixels")
+        for name in ("mean", "std"):
+            self._require(all(map(math.isfinite, getattr(self, name) or ())), name, "numbers that are finite")
         self._require(not self.std or 0 not in self.std, "std", "numbers other than 0")
         self._require(self.scale is None or 0 < self.scale < math.inf, "scale", "a number above 0, such as 1 or 255")
 

@@ -7,6 +7,7 @@ Of clips: path -> T frames -> (B, 3, T, H, W). Knows no labels' meaning, no netw
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -97,6 +98,11 @@ def freeze_list(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and a finite one."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputFormat:
     """What is known of the images that a network wants; None is not known.
@@ -127,6 +133,22 @@ class InputFormat:
     layout: str | None = None
     frames: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            numbers = getattr(self, name)
+            self._require(numbers is None or all(map(is_number, numbers)), name, "finite numbers")
+        self._require(self.std is None or 0 not in self.std, "std", "numbers other than 0")
+        self._require(self.scale is None or (is_number(self.scale) and self.scale > 0), "scale", "a number above 0")
+        for name in ("input_size", "resize"):
+            sides = getattr(self, name)
+            sides = sides if isinstance(sides, tuple) else (sides,)
+            pixels = len(sides) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in sides)
+            self._require(sides == (None,) or pixels, name, "pixels, or height and width")
+
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise SettingsError(f"{name} is {getattr(self, name)!r}: expected {expected}")
+
     @classmethod
     def from_json(cls, value: Any) -> InputFormat:
         """From plain JSON values with the names of the fields; one number stands for a square, or for all channels.
@@ -150,9 +172,8 @@ class InputFormat:
             if name in plain and plain[name] not in choices:
                 raise SettingsError(f"{name} is {plain[name]!r}: expected {' or '.join(choices)}")
         for name in ("input_size", "mean", "std"):
-            numbers = plain.get(name, (1, 1))
-            if not isinstance(numbers, tuple) or not all(isinstance(number, int | float) for number in numbers):
-                raise SettingsError(f"{name} is {numbers!r}: expected numbers")
+            if not isinstance(plain.get(name, ()), tuple):
+                raise SettingsError(f"{name} is {plain[name]!r}: expected numbers")
         if len(plain.get("input_size", (1, 1))) != 2:
             raise SettingsError(f"input_size is {plain['input_size']}: expected height and width")
         return cls(**plain)

@@ -88,7 +88,7 @@ def state_ranking(arms: Sequence[dict[str, Any]]) -> str:
     alike = [arm for arm in arms[1:] if arm["against_first"]["p_adjusted"] >= SIGNIFICANCE]
     worse = len(arms) - 1 - len(alike)
     if not alike:
-        others = arms[1]["name"] if worse == 1 else f"any of the {worse} others"
+        others = f"any of the {worse} others" if worse > 1 else arms[1]["name"]
         return f"{best} are right, more than with {others} (McNemar, Holm-adjusted p < {SIGNIFICANCE})."
     names = ", ".join(arm["name"] for arm in alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")
     known = [arm for arm in (first, *alike) if arm["extraction_seconds"] is not None]

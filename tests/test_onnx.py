@@ -296,6 +296,19 @@ def test_layout_can_be_stated_where_the_shape_does_not_tell(tmp_path: Path) -> N
         assert torch.equal(again.network(image), expected)
 
 
+def test_a_layout_that_is_said_beside_the_file_belongs_to_the_key(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "net.onnx", [node("Flatten", "images", "out", axis=1)], ["n", "a", "b", "c"])
+    described = {}
+    for layout in ("NCHW", "NHWC"):
+        beside = {"input_size": 4, "mean": 0, "std": 1, "layout": layout}
+        path.with_suffix(".json").write_text(json.dumps(beside))
+        described[layout] = load_backbone(f"onnx:{path}").describe()
+    assert hash_extractor(described["NCHW"]) != hash_extractor(described["NHWC"])
+    path.with_suffix(".json").unlink()
+    image = torch.arange(48.0).reshape(1, 3, 4, 4)
+    assert torch.equal(remake_backbone(described["NCHW"]).network(image), image.flatten(1))
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -437,7 +450,27 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path) -> None:
     refuse(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"size": 3}', '{"layout": "CHWN"}', '{"mean": "grey"}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"size": 3}',
+        '{"layout": "CHWN"}',
+        '{"mean": "grey"}',
+        '{"mean": [0, "grey"]}',
+        '{"mean": NaN}',
+        '{"std": 0}',
+        '{"std": [1, Infinity, 1]}',
+        '{"scale": 0}',
+        '{"scale": "large"}',
+        '{"resize": "large"}',
+        '{"input_size": -3}',
+        '{"input_size": [3, 3.5]}',
+        '{"input_size": [3, 3, 3]}',
+        "\xff",
+    ],
+)
 def test_a_file_beside_that_says_nothing_is_refused_and_named(text: str, tmp_path: Path) -> None:
     path = save_nhwc(tmp_path / "net.onnx")
     path.with_suffix(".json").write_bytes(text.encode("latin-1"))

@@ -29,14 +29,14 @@ Cli = Callable[..., Outcome]
 
 
 class Blind(nn.Module):
-    """Sees every image as the same three numbers."""
+    """Sees of every image what its colour says nothing of: the last digits of a corner."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 5)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fc(torch.ones_like(images[:, :, 0, 0]))
+        return self.fc(torch.sin(1e4 * images[:, :, 0, 0]))
 
 
 class OtherFamily(TinyFamily):
@@ -86,7 +86,7 @@ def test_the_backbone_that_sees_is_before_the_one_that_is_blind(flat_photos: Pat
     assert first["extraction_seconds"] > 0
     assert ranking.failed == {}
     assert ranking.verdict.startswith("tiny (random): 100.0% of 19 validation images are right")
-    assert ranking.verdict in ranking.report.read_text()
+    assert ranking.verdict.replace("<", "&lt;") in ranking.report.read_text()
 
 
 def test_every_backbone_has_its_own_cache_and_run_and_they_are_used_again(
@@ -288,10 +288,10 @@ def test_the_verdict_says_no_more_than_the_tests_show() -> None:
         "a: 90.0% of 100 validation images are right; no difference can be shown to b (McNemar, Holm-adjusted). Of "
         "these b is the cheapest to extract, 5.0 times faster than a."
     )
-    assert state_ranking([a, c]) == (
-        "a: 90.0% of 100 validation images are right, more than with any of the 1 others (McNemar, Holm-adjusted "
-        "p < 0.05)."
-    )
+    tested = "(McNemar, Holm-adjusted p < 0.05)."
+    best = "a: 90.0% of 100 validation images are right, more than with"
+    assert state_ranking([a, c]) == f"{best} c {tested}"
+    assert state_ranking([a, c, make_arm("d", 50, 0.001)]) == f"{best} any of the 2 others {tested}"
 
 
 def test_the_page_has_a_row_for_each_and_names_cannot_break_it() -> None:

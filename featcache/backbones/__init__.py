@@ -113,7 +113,7 @@ def load_backbone(
     if family is module:
         options["code_sha256"] = module.hash_code(network)
     if isinstance(network, onnx.OnnxNetwork):
-        options["layout"] = network.layout
+        options["layout"] = network.layout  # wherever it was said: beside the file it may be said otherwise tomorrow
     description: dict[str, Any] = {"requested": chosen.requested, "name": f"random, seed {seed}", "sha256": None}
     if chosen.file is None:
         description["seed"] = seed
