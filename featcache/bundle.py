@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from featcache.backbones import Backbone, attach_classifier, attach_head, remake_backbone
+from featcache.backbones.weights import load_tensors
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import LinearHead
@@ -137,7 +138,7 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
         network, _ = attach_classifier(backbone, n_classes)
         target = network
     try:
-        target.load_state_dict(tensors)
+        load_tensors(target, tensors)
     except RuntimeError as error:
         raise RunError(
             f"{folder / MODEL_TENSORS} does not fit {backbone.name} with {n_classes} classes; train it again"

@@ -387,3 +387,12 @@ def test_paths_are_relative_to_the_root(classifier: Classifier, files: list[str]
     short, bad = classifier.predict_files([f"{i}.png" for i in range(5)], root=tmp_path / "new", device=CPU)
     assert np.array_equal(whole, short)
     assert bad == []
+
+
+def test_a_network_that_asks_for_the_version_of_its_tensors_loads_again(tmp_path: Path) -> None:
+    backbone = load_backbone("mnasnet0_5", weights="none")
+    extractor = backbone.describe()
+    network, _ = attach_classifier(backbone, 3)
+    save_network(tmp_path, network, CLASSES, extractor)
+    again = load_classifier(tmp_path).network.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())

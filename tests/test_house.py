@@ -152,7 +152,8 @@ def test_every_setting_is_explained() -> None:
     for settings in every:
         explained = {
             name.strip()
-            for line in settings.__doc__.splitlines()
+            for ancestor in settings.__mro__[:-1]
+            for line in (ancestor.__doc__ or "").splitlines()
             if not line.startswith(" " * 8)
             for name in line.split(",")
         }

@@ -54,9 +54,8 @@ class OtherFamily(TinyFamily):
 @pytest.fixture(autouse=True)
 def families(tiny: type[TinyFamily], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
     """The backbones "tiny", "blind" and "broken", in an empty folder."""
-    import featcache.backbones
 
-    monkeypatch.setattr(featcache.backbones, "FAMILIES", (*featcache.backbones.FAMILIES, OtherFamily()))
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, OtherFamily()))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "cwd")

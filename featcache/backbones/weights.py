@@ -6,6 +6,7 @@ import re
 import tarfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -185,8 +186,23 @@ def fit_weights(
             f"weights from {where} do not fit: tensor {extra[0]} {tuple(given[extra[0]].shape)} has no place in the "
             f"network; are they of another one?"
         )
-    network.load_state_dict({**given, **kept})
+    load_tensors(network, {**given, **kept})
     return whole
+
+
+def load_tensors(network: nn.Module, tensors: StateDict) -> None:
+    """`load_state_dict` for tensors from any container: as those of the network's present version.
+
+    torch keeps a version of each module beside the tensors, which safetensors does not have and MNASNet asks for.
+
+    Raises
+    ------
+    RuntimeError
+        If they do not fit.
+    """
+    versioned = OrderedDict(tensors)
+    versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(versioned)
 
 
 def strip_prefixes(tensors: StateDict, wanted_names: Collection[str]) -> StateDict:
