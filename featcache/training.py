@@ -5,6 +5,7 @@ Knows batches, losses and epochs; nothing of files, data sets or what the number
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -113,7 +114,9 @@ def train(
         is_best = best is None or val_accuracy > best.val_accuracy
         if is_best:
             best = epoch
-            best_weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+            best_weights = copy.deepcopy(
+                network.state_dict()
+            )  # with the versions of its modules, which MNASNet asks for
         if on_epoch is not None:
             on_epoch(epoch, is_best)
     network.load_state_dict(best_weights)

@@ -16,6 +16,7 @@ from conftest import COLOURS, Outcome, TinyFamily, draw_photo
 from torch import Tensor, nn
 
 import featcache
+from featcache.backbones import families
 from featcache.errors import BackboneError, FeatcacheError, RunError, SettingsError
 from featcache.metrics import mcnemar_test
 from featcache.report import compare_with_first, format_ranking_markdown, state_ranking, tabulate_ranking
@@ -52,9 +53,8 @@ class OtherFamily(TinyFamily):
 
 
 @pytest.fixture(autouse=True)
-def families(tiny: type[TinyFamily], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
+def three_backbones(tiny: type[TinyFamily], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
     """The backbones "tiny", "blind" and "broken", in an empty folder."""
-
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, OtherFamily()))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir(exist_ok=True)

@@ -169,8 +169,15 @@ def measure_cost(name: str) -> Cost:
     return Cost(width=features.width, parameters=parameters, operations=operations, input_shape=shape)
 
 
-def describe_layers(name: str) -> dict[str, tuple[int, ...]]:
+def describe_layers(name: str, input_size: tuple[int, int] | None = None) -> dict[str, tuple[int, ...]]:
     """Shape per image of every layer of a backbone that `--layer` can name, in the order of their running.
+
+    Parameters
+    ----------
+    name
+        Of the backbone.
+    input_size
+        (H, W) of the images, where it is not that of the default weights.
 
     Raises
     ------
@@ -178,12 +185,12 @@ def describe_layers(name: str) -> dict[str, tuple[int, ...]]:
         If there is no such backbone.
     """
     family, plain = find_family(name)
-    network, shape = make_without_values(name)
+    network, shape = make_without_values(name, input_size)
     trunk = find_trunk(family, plain, network)
     return list_layers((network.get_submodule(trunk) if trunk else network).eval(), shape, where=name)
 
 
-def make_without_values(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+def make_without_values(name: str, input_size: tuple[int, int] | None = None) -> tuple[nn.Module, tuple[int, ...]]:
     """A network that has only shapes where its family allows, and the shape of an image that it takes."""
     family, plain = find_family(name)
     entries = family.list_weights(plain)
@@ -194,7 +201,7 @@ def make_without_values(name: str) -> tuple[nn.Module, tuple[int, ...]]:
             network = family.make_network(plain, options)
     else:
         network = family.make_network(plain, options)
-    any_pixels = InputFormat(mean=(0.0,), std=(1.0,))  # no shape depends on them
+    any_pixels = InputFormat(input_size=input_size, mean=(0.0,), std=(1.0,))  # no shape depends on them
     preprocessing = make_preprocessing(name, any_pixels, family.describe_input(plain, entry, network))
     return network, preprocessing.input_shape
 

@@ -123,7 +123,9 @@ def parse_layer(text: str, pool: str | None) -> tuple[str, str | None]:
 def pick_layers(
     network: nn.Module, layers: Sequence[str], pool: str | None, shape: tuple[int, ...], *, where: str
 ) -> LayerFeatures:
-    """A network that gives the features of the named layers; what only later layers need is not computed.
+    """A network that gives the features of the named layers.
+
+    What only later layers need is not computed, unless the network cannot be traced.
 
     Parameters
     ----------

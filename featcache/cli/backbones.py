@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featcache.cli import DONE
-from featcache.cli.common import TerminalProgress, json_option, option, print_json
+from featcache.cli.common import Size, TerminalProgress, json_option, option, print_json
 
 if TYPE_CHECKING:
     from featcache.backbones.catalogue import Summary
@@ -24,6 +24,8 @@ NUMBERS = 6  # columns from the second on that stand to the right
 @option("--kind", type=click.Choice(KINDS), default=None, help="trunk: of a segmentation or detection model.")
 @option("--max-params", type=float, default=None, metavar="MILLIONS", help="At most that many parameters.")
 @option("--max-gflops", type=float, default=None, metavar="N", help="At most that many thousand million multiply-adds.")
+@option("--input-size", type=Size(square=True), default=None, metavar="PIXELS",
+        help="Of the images that the layers of NAME are listed for.")  # fmt: skip
 @json_option
 def command(names: tuple[str, ...], as_json: bool, **filters: Any) -> int:
     """List the backbones, or the layers of one.
@@ -37,7 +39,7 @@ def command(names: tuple[str, ...], as_json: bool, **filters: Any) -> int:
       featcache backbones resnet18
     """
     if len(names) == 1 and not set(names[0]) & set("*?["):
-        return print_layers(names[0], as_json)
+        return print_layers(names[0], filters["input_size"], as_json)
     from featcache.backbones.catalogue import list_summaries
 
     summaries = [
@@ -130,11 +132,11 @@ def to_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def print_layers(name: str, as_json: bool) -> int:
+def print_layers(name: str, input_size: tuple[int, int] | None, as_json: bool) -> int:
     """`featcache backbones NAME`."""
     from featcache.backbones.catalogue import describe_layers, list_weights
 
-    layers, weights = describe_layers(name), list_weights(name)
+    layers, weights = describe_layers(name, input_size), list_weights(name)
     if as_json:
         entries = [
             {"name": entry.name, "licence": entry.licence, "is_here": entry.is_here, "top1": entry.top1}

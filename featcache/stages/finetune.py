@@ -144,10 +144,10 @@ def finetune(
     started, memory = time.perf_counter(), PeakMemory()
     settings, given = take_backbone(settings)
     config, output = FinetuneConfig(**settings), Path(output)
+    check_trainable(config.backbone)
     files.check_folder_writable(output.parent, output)
     check_root(Path(data))
     device = select_device(config.device)
-    check_trainable(config.backbone)
     backbone = copy.deepcopy(given) or load_backbone(  # training must leave alone what was given
         config.backbone,
         weights=config.weights,

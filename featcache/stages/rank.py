@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from featcache import files
 from featcache.backbones.catalogue import find_cost
 from featcache.cache import FeatureCache, check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig, HeadConfig
-from featcache.errors import BackboneError, BadImage, MissingExtraError, SettingsError
+from featcache.dataset import describe_data
+from featcache.errors import BackboneError, BadImage, MissingExtraError, RunError, SettingsError
 from featcache.files import hash_bytes
 from featcache.plots import draw_ranking, save_figure
 from featcache.progress import SILENT, Progress
@@ -169,6 +170,7 @@ def rank_caches(
     opened = {Path(path): open_cache(path) for path in caches}
     for path, cache in opened.items():
         check_complete(cache, path)
+    check_same_training(opened)
     places = zip(opened, name_runs(runs, list(opened)), strict=True)
     folders = [train_head(path, folder, progress=progress, **settings).folder for path, folder in places]
     names = name_features(list(opened.values()), list(opened))
@@ -176,6 +178,18 @@ def rank_caches(
     described = [describe_features_of(arm, cache) for arm, cache in zip(arms, opened.values(), strict=True)]
     order = sorted(range(len(arms)), key=lambda i: (-described[i]["correct"], described[i]["seconds"]))
     return write_ranking(output, [arms[i] for i in order], [described[i] for i in order])
+
+
+def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
+    """Raise a RunError if heads on these caches would not learn from the same images."""
+    prints = {path: describe_data(cache.listing)["fingerprints"]["train"] for path, cache in caches.items()}
+    first = next(iter(prints))
+    for path, fingerprint in prints.items():
+        if fingerprint != prints[first]:
+            raise RunError(
+                f"{path} and {first} do not hold the same training images ({len(caches[path].splits['train'])} and "
+                f"{len(caches[first].splits['train'])}); rank caches of one data set and one split"
+            )
 
 
 def write_ranking(output: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]]) -> Ranking:
