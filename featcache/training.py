@@ -114,9 +114,7 @@ def train(
         is_best = best is None or val_accuracy > best.val_accuracy
         if is_best:
             best = epoch
-            best_weights = copy.deepcopy(
-                network.state_dict()
-            )  # with the versions of its modules, which MNASNet asks for
+            best_weights = copy.deepcopy(network.state_dict())  # with the versions that MNASNet asks for
         if on_epoch is not None:
             on_epoch(epoch, is_best)
     network.load_state_dict(best_weights)

@@ -88,16 +88,14 @@ def test_the_backbone_that_sees_is_before_the_one_that_is_blind(flat_photos: Pat
     assert ranking.verdict.replace("<", "&lt;") in ranking.report.read_text()
 
 
-def test_every_backbone_has_its_own_cache_and_run_and_they_are_used_again(
-    photos: Path, families: type[TinyFamily]
-) -> None:
+def test_every_backbone_has_its_own_cache_and_run_and_they_are_used_again(photos: Path, tiny: type[TinyFamily]) -> None:
     first = featcache.rank_backbones(photos, ["tiny", "blind"], weights="none")
     assert {path.name for path in Path().glob("*.h5")} == {"features-tiny.h5", "features-blind.h5"}
     assert {path.name for path in Path("runs").iterdir()} == {"compare", "head-tiny", "head-blind"}
     assert {path.name for path in Path("runs/compare").iterdir()} == {"compare.json", "compare.md", "ranking.png"}
-    families.calls = 0
+    tiny.calls = 0
     again = featcache.rank_backbones(photos, ["blind", "tiny"], weights="none")
-    assert families.calls == 0
+    assert tiny.calls == 0
     assert strip_times(again.arms) == strip_times(first.arms)
 
 
@@ -210,7 +208,7 @@ def test_caches_of_the_same_file_name_keep_their_own_heads(photos: Path) -> None
 def test_caches_of_other_images_are_refused(photos: Path, flat_photos: Path) -> None:
     featcache.extract_features(photos, "a.h5", backbone="tiny", weights="none")
     featcache.extract_features(flat_photos, "b.h5", backbone="tiny", weights="none")
-    with pytest.raises(RunError, match="were not validated on the same images"):
+    with pytest.raises(RunError, match="do not hold the same training images"):
         featcache.rank_caches(["a.h5", "b.h5"])
     draw_photo(COLOURS["red"], 77).save(photos / "val/red/photo_001.jpg")
     featcache.extract_features(photos, "c.h5", backbone="blind", weights="none")
