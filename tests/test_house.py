@@ -16,7 +16,7 @@ from featcache import config
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "config", "files", "progress"}
+LEAVES = {"errors", "extras", "config", "files", "progress"}
 # A noun imports leaves, and of the other nouns only these; the reason is what it needs of each.
 NOUNS: dict[str, set[str]] = {
     "dataset": set(),

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.backbones.layers import OutputsByName
 from featcache.config import LAYOUTS
-from featcache.errors import BackboneError, MissingExtraError
+from featcache.errors import BackboneError
+from featcache.extras import import_extra
 from featcache.files import canonical_json, hash_bytes, hash_file
 from featcache.images import InputFormat
 from featcache.progress import Progress
 
-PIP_LINE = "pip install 'featcache[onnx]'"
 FILE_WEIGHTS = "of the file"
 OBSTACLE = "an ONNX network is run, not trained: it serves as a frozen backbone only"
 
@@ -51,34 +51,13 @@ TYPES = {
 
 
 def import_runtime() -> ModuleType:
-    """ONNX Runtime.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError(f"backbones onnx:FILE need an optional package: {PIP_LINE}") from error
-    module: ModuleType = onnxruntime
-    return module
+    """ONNX Runtime, or a MissingExtraError."""
+    return import_extra("onnxruntime", extra="onnx", what="backbones onnx:FILE need")
 
 
 def import_onnx() -> ModuleType:
-    """The package that reads ONNX files.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not installed.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError(f"layers inside onnx:FILE need an optional package: {PIP_LINE}") from error
-    return onnx
+    """The package that reads ONNX files, or a MissingExtraError."""
+    return import_extra("onnx", extra="onnx", what="layers inside onnx:FILE need")
 
 
 def list_names() -> list[str]:

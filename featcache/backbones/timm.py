@@ -14,29 +14,18 @@ from typing import Any
 from torch import nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
-from featcache.errors import BackboneError, MissingExtraError, WeightsUnavailableError
+from featcache.errors import BackboneError, WeightsUnavailableError
+from featcache.extras import import_extra
 from featcache.files import hash_file
 from featcache.images import InputFormat
 from featcache.progress import Progress
 
-PIP_LINE = "pip install 'featcache[timm]'"
 PUBLISHED_LICENCES = {None: "not stated", "unknown": "not stated"}
 
 
 def import_timm() -> ModuleType:
-    """The package.
-
-    Raises
-    ------
-    MissingExtraError
-        If it is not installed.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtraError(f"backbones timm:NAME need an optional package: {PIP_LINE}") from error
-    module: ModuleType = timm
-    return module
+    """The package, or a MissingExtraError."""
+    return import_extra("timm", extra="timm", what="backbones timm:NAME need")
 
 
 def list_names() -> list[str]:

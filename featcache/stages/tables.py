@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import ImportConfig
-from featcache.errors import DatasetError, MissingExtraError, OutputError
+from featcache.errors import DatasetError, OutputError
+from featcache.extras import import_extra
 from featcache.progress import Progress
 
 EXTENSIONS = (".npy", ".npz", ".csv", ".tsv", ".parquet")
@@ -40,7 +41,6 @@ COLUMN_NAMES = {"labels": ("label",), "paths": ("path",), "split": ("split",)}
 ARRAY_NAMES = {"labels": ("labels", "y"), "paths": ("paths",), "split": ("split",)}
 FEATURE_ARRAYS = ("features", "X")
 READ_ROWS = 4096  # of a text or Parquet table at a time
-PIP_LINE = "pip install 'featcache[parquet]'"
 # What numpy and the containers below it raise for files that are not what they seem.
 UNREADABLE = (
     *(ValueError, TypeError, LookupError, AttributeError, SyntaxError, OverflowError, RuntimeError, MemoryError),
@@ -426,12 +426,10 @@ def _is_number(text: str) -> bool:
 
 def read_parquet(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool) -> Table:
     """A .parquet file, read once."""
+    pyarrow = import_extra("pyarrow", extra="parquet", what=f"reading {path} needs")
+    parquet = import_extra("pyarrow.parquet", extra="parquet", what=f"reading {path} needs")
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(f"reading {path} needs an optional package: {PIP_LINE}") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             return _read_batches(file, path, config, progress, stamp, spool)
     except pyarrow.ArrowException as error:
         raise DatasetError(f"{path} cannot be read as a Parquet table ({_first_line(error)})") from error
