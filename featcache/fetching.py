@@ -411,6 +411,23 @@ def range_headers(part: Part) -> dict[str, str]:
     return headers
 
 
+def check_reachable(url: str) -> None:
+    """See that a server answers at all, whatever it says: for packages that would try for a minute.
+
+    Raises
+    ------
+    DownloadError
+        If it does not.
+    """
+    try:
+        with ask(url, {}):
+            pass
+    except UnreachableError as error:
+        raise DownloadError(f"{hide_credentials(url)} cannot be reached: {error}") from error
+    except (TryAgainError, GiveUpError):  # it is there
+        pass
+
+
 @contextlib.contextmanager
 def ask(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
     """Give the server's answer, its body not yet read.

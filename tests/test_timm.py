@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,19 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(make_plain("test_vit").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"weights from w\.safetensors do not fit"):
         load_backbone("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setenv("NO_PROXY", "*")
+    with pytest.raises(WeightsUnavailableError, match=f"{endpoint} cannot be reached: Connection refused"):
+        load_backbone("timm:test_resnet")
 
 
 def test_a_file_of_the_hub_can_be_named_as_weights(hub: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.errors import BackboneError, WeightsUnavailableError
 from featcache.extras import import_extra
+from featcache.fetching import check_reachable
 from featcache.files import hash_file
 from featcache.images import InputFormat
 from featcache.progress import Progress
@@ -106,9 +107,15 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     WeightsUnavailableError
         If they cannot be had.
     """
-    timm, tagged = import_timm(), _tag(name, entry)
-    progress.say(f"weights of timm:{tagged}, from timm's cache or the hub")
+    import huggingface_hub
+
+    timm, tagged, config = import_timm(), _tag(name, entry), _find_config(name, entry)
+    is_here, constants = _find_cached(config) is not None, huggingface_hub.constants
+    huggingface_hub.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it remarks on each try
     try:
+        if not is_here and not constants.HF_HUB_OFFLINE:
+            progress.say(f"downloading the weights of timm:{tagged}")
+            check_reachable(constants.ENDPOINT)
         network = timm.create_model(tagged, pretrained=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -117,7 +124,7 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
             f"is random"
         ) from error
     network = _keep_simple_classifier(network)
-    path = _find_cached(_find_config(name, entry))
+    path = _find_cached(config)
     return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
 
 
