@@ -171,6 +171,11 @@ def make_preprocessing(name: str, images: InputFormat | None, suggested: InputFo
             f"{name} does not say what its images must look like: give {' and '.join(missing)} (--mean 0 --std 1 for "
             f"plain pixels in [0, 1]; --scale 255 if they go to 255){beside}"
         )
+    n_usual, n_wanted = len(suggested.mean or (0,)), len(merged.channels or "RGB")
+    if images and images.channels and images.mean is None and n_usual not in (1, n_wanted):
+        raise SettingsError(
+            f"--channels {images.channels} needs its own --mean and --std: those of {name} are for {n_usual} channels"
+        )
     return merged.make_preprocessing()
 
 
