@@ -20,6 +20,7 @@ BATCH_NORMS = ("auto", "train", "fixed")
 POOLS = ("avg", "max", "flatten", "cls")
 LAYOUTS = ("NCHW", "NHWC", "NF")
 CHANNELS = ("RGB", "BGR", "L")
+MAX_SIDE = 16_384  # pixels; a picture of that size takes 3 GB
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
@@ -90,7 +91,10 @@ class ImageSettings(Settings):
         for name, choices in CHOICES.items():
             value = getattr(self, name, None)
             self._require(value is None or value in choices, name, " or ".join(choices))
-        self._require(not self.input_size or min(self.input_size) >= 1, "input_size", "1 or more pixels")
+        for name in ("input_size", "resize"):
+            value = getattr(self, name)
+            sides = value if isinstance(value, tuple) else (value or 1,)
+            self._require(all(1 <= side <= MAX_SIDE for side in sides), name, f"1 to {MAX_SIDE:,} pixels")
         for name in ("mean", "std"):
             self._require(all(map(math.isfinite, getattr(self, name) or ())), name, "numbers that are finite")
         self._require(not self.std or 0 not in self.std, "std", "numbers other than 0")

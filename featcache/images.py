@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from featcache.clips import CLIP_RULES, decode_clip
-from featcache.config import CHOICES
+from featcache.config import CHOICES, MAX_SIDE
 from featcache.dataset import hash_clip
 from featcache.decoding import RULES, decode_safely
 from featcache.errors import BadImage, ImageError, SettingsError
@@ -100,7 +100,12 @@ def freeze_list(value: Any) -> Any:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number, and a finite one."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_side(value: Any) -> bool:
+    """Whether a value is a number of pixels that a picture may have."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +147,8 @@ class InputFormat:
         for name in ("input_size", "resize"):
             sides = getattr(self, name)
             sides = sides if isinstance(sides, tuple) else (sides,)
-            pixels = len(sides) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in sides)
-            self._require(sides == (None,) or pixels, name, "pixels, or height and width")
+            pixels = len(sides) in (1, 2) and all(is_side(side) for side in sides)
+            self._require(sides == (None,) or pixels, name, f"1 to {MAX_SIDE:,} pixels, or height and width")
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:

@@ -486,7 +486,7 @@ def test_a_network_that_was_trained_since_is_refused(tmp_path: Path) -> None:
     extractor.fit_transform(make_pixels())
     with torch.no_grad():
         network[1].bias += 1
-    with pytest.raises(BackboneError, match="the weights of mine have changed since it was wrapped"):
+    with pytest.raises(BackboneError, match="the weights or code of mine have changed since it was wrapped"):
         extractor.transform(make_pixels())
 
 

@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 from featcache.backbones import module, onnx
-from featcache.backbones.base import Backbone, Family, WeightsEntry, hash_tensors
+from featcache.backbones.base import Backbone, Family, WeightsEntry
+from featcache.backbones.code import hash_code
 from featcache.backbones.families import choose_weights, find_family, find_trunk, list_backbones
-from featcache.backbones.freezing import freeze_network
+from featcache.backbones.freezing import fingerprint, freeze_network, is_foreign
 from featcache.backbones.layers import Pick
 from featcache.backbones.structure import set_submodule
 from featcache.errors import BackboneError, SettingsError
@@ -111,7 +112,7 @@ def load_backbone(
     options = family.list_options(plain, chosen.entry) | make_options(images)
     network = _make_seeded(lambda: family.make_network(plain, options), seed)
     if family is module:
-        options["code_sha256"] = module.hash_code(network)
+        options["code_sha256"] = hash_code(network)
     if isinstance(network, onnx.OnnxNetwork):
         options["layout"] = network.layout  # wherever it was said: beside the file it may be said otherwise tomorrow
     description: dict[str, Any] = {"requested": chosen.requested, "name": f"random, seed {seed}", "sha256": None}
@@ -136,9 +137,8 @@ def load_backbone(
 
 def check_unchanged(backbone: Backbone) -> None:
     """Raise a BackboneError if a network was trained, or changed otherwise, since it was made a backbone."""
-    state = backbone.network.state_dict()
-    if state and hash_tensors(state) != backbone.network_sha256:
-        raise BackboneError(f"the weights of {backbone.name} have changed since it was wrapped; wrap it again")
+    if not is_foreign(backbone.network) and fingerprint(backbone.network) != backbone.network_sha256:
+        raise BackboneError(f"the weights or code of {backbone.name} have changed since it was wrapped; wrap it again")
 
 
 def check_layout(name: str, family: Family, images: InputFormat | None) -> None:
@@ -210,7 +210,7 @@ def remake_backbone(
     if with_weights:
         file = choose_weights(family, extractor["backbone"], plain, requested, progress).file
     network = _make_seeded(lambda: family.make_network(plain, options), seed)
-    if family is module and module.hash_code(network) != options["code_sha256"]:
+    if family is module and hash_code(network) != options["code_sha256"]:
         raise BackboneError(f"the code of {extractor['backbone']} has changed since; bring it back, or extract again")
     return freeze_network(
         network,
@@ -277,7 +277,7 @@ def wrap_network(
         file=None,
         weights={"requested": "given", "name": "given in Python", "sha256": None},
         preprocessing=preprocessing,
-        options={"code_sha256": module.hash_code(network)},
+        options={"code_sha256": hash_code(network)},
         layer=layer,
         pool=pool,
         verify=True,

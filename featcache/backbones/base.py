@@ -20,10 +20,11 @@ StateDict = Mapping[str, Tensor]
 class WeightsFile(NamedTuple):
     """Tensors read from a file, and where they came from.
 
-    `name` is what the user would call them, `sha256` the digest of the file's bytes.
+    `name` is what the user would call them, `sha256` the digest of the file's bytes; no `tensors` are in the network
+    already.
     """
 
-    tensors: StateDict
+    tensors: StateDict | None
     name: str
     sha256: str
 

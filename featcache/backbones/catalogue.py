@@ -16,16 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from featcache.backbones import families, make_preprocessing, timm, torchvision
 from featcache.backbones.base import WeightsEntry
 from featcache.backbones.families import find_family, find_trunk, list_backbones
 from featcache.backbones.freezing import select_features
 from featcache.backbones.layers import list_layers
-from featcache.backbones.structure import count_operations, find_classifier
+from featcache.backbones.structure import ParametersOnMeta, count_operations, find_classifier
 from featcache.backbones.weights import find_downloads
 from featcache.errors import BackboneError, FeatcacheError, OutputError
 from featcache.files import pretty_json, write_atomically
@@ -204,22 +202,6 @@ def make_without_values(name: str, input_size: tuple[int, int] | None = None) ->
     any_pixels = InputFormat(input_size=input_size, mean=(0.0,), std=(1.0,))  # no shape depends on them
     preprocessing = make_preprocessing(name, any_pixels, family.describe_input(plain, entry, network))
     return network, preprocessing.input_shape
-
-
-class ParametersOnMeta(TorchFunctionMode):
-    """Within it, tensors that modules make for their parameters have a shape and no values; all others are as usual.
-
-    (Under `torch.device("meta")` the others would have none either, and networks compute with them while being made.)
-    """
-
-    MAKERS = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make a parameter on the meta device."""
-        kwargs = dict(kwargs or {})
-        if func in self.MAKERS and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def find_version(name: str) -> str:

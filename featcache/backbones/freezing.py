@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from featcache.backbones import onnx, timm, torchvision
 from featcache.backbones.base import Backbone, WeightsFile, hash_tensors
+from featcache.backbones.code import hash_code
 from featcache.backbones.layers import LayerFeatures, Pick, WatchedModules, measure_pick, pick_layers
 from featcache.backbones.structure import (
     Classifier,
@@ -20,6 +21,7 @@ from featcache.backbones.structure import (
 )
 from featcache.backbones.weights import fit_weights, strip_prefixes
 from featcache.errors import BackboneError, SettingsError, WeightsError
+from featcache.files import hash_bytes
 from featcache.images import Preprocessing
 
 
@@ -53,15 +55,18 @@ def freeze_network(
     verify
         See with a real picture that nothing comes behind the classifier.
     """
-    tensors = dict(file.tensors) if file else {}
+    tensors = file.tensors if file else None
     if trunk:
-        tensors = take_trunk(strip_prefixes(tensors, network.state_dict()), trunk)
+        if tensors is not None:
+            tensors = take_trunk(strip_prefixes(tensors, network.state_dict()), trunk)
         network = network.get_submodule(trunk)
     network.eval().requires_grad_(False)  # NOTE: eval() before features, or BatchNorm drifts
     shape = preprocessing.input_shape
     classifier = None if trunk or is_foreign(network) else find_classifier(network, shape, where=name)
+    if classifier and timm.name_classifier(network) not in (None, classifier.name):
+        classifier = None  # timm knows better: it only looks like one
     whole = True
-    if tensors:
+    if tensors is not None:
         whole = fit_weights(
             network,
             tensors,
@@ -82,6 +87,7 @@ def freeze_network(
             f"{', '.join(pick.name for pick in features.picks)} needs it; choose a layer before it"
         )
     weights["tensors_sha256"] = file.sha256 if file and is_foreign(network) else hash_tensors(state)
+    known = weights["tensors_sha256"] if features.network is network else None
     kept = classifier if classifier and not features.picks else None
     return Backbone(
         name=name,
@@ -95,8 +101,13 @@ def freeze_network(
         options=options,
         batch_norm=batch_norm,
         make_classifier=kept.make_like if kept else lambda n_classes: nn.Linear(features.width, n_classes),
-        network_sha256=hash_tensors(features.network.state_dict()) if features.picks else weights["tensors_sha256"],
+        network_sha256=fingerprint(features.network, known),
     )
+
+
+def fingerprint(network: nn.Module, tensors_sha256: str | None = None) -> str:
+    """SHA-256 of all that a network is at the moment: its tensors (if their digest is not known), code, attributes."""
+    return hash_bytes(f"{tensors_sha256 or hash_tensors(network.state_dict())} {hash_code(network)}".encode())
 
 
 class Features(NamedTuple):

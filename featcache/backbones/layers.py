@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from featcache.backbones.structure import format_shape, forward_shape
@@ -164,6 +164,10 @@ def measure_pick(name: str, pool: str | None, output: Any, shape: tuple[int, ...
     """
     if not isinstance(output, Tensor) or output.dim() < 2:
         raise BackboneError(f"layer {name} of {where} gives no features but {type(output).__name__}; choose another")
+    if output.shape[0] != 1:
+        raise BackboneError(
+            f"layer {name} of {where} gives {output.shape[0]} rows for one image, not one; choose the layer around it"
+        )
     inner = tuple(output.shape[1:])
     if len(inner) == 1:
         return Pick(name=name, pool="", width=inner[0])
@@ -217,8 +221,27 @@ def select_outputs(network: nn.Module, names: Sequence[str], *, where: str) -> n
         return WatchedModules(network, names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nodes differ while training, which this never does
-        extractor: nn.Module = create_feature_extractor(network, return_nodes={name: name for name in names})
-    return extractor.eval().requires_grad_(False)
+        extractor = create_feature_extractor(network, return_nodes={name: name for name in names})
+    return copy_outputs(extractor.eval_graph, extractor).eval().requires_grad_(False)
+
+
+def copy_tensor(value: Any) -> Any:
+    """A tensor of its own; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def copy_outputs(graph: fx.Graph, owner: nn.Module) -> fx.GraphModule:
+    """The network of a traced graph, its outputs copied where they are made.
+
+    NOTE: without a copy a later operation in place, such as ReLU(inplace=True), would change a layer that is picked.
+    """
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    for node in output.all_input_nodes:
+        with graph.inserting_after(node):
+            copied = graph.call_function(copy_tensor, (node,))
+        output.replace_input_with(node, copied)
+    graph.lint()
+    return fx.GraphModule(owner, graph)
 
 
 def say_unknown_layer(name: str, known: Sequence[str], where: str) -> str:
@@ -309,4 +332,4 @@ class _Note:
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         del module, inputs
         if (outputs := getattr(_SEEN, "outputs", None)) is not None:
-            outputs[self.name] = output
+            outputs[self.name] = copy_tensor(output)  # as in `copy_outputs`

@@ -7,14 +7,10 @@ The function is imported and called: this runs the user's code, which is said be
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import os
-import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,7 +21,6 @@ from featcache.images import InputFormat
 from featcache.progress import Progress
 
 MADE_WEIGHTS = "as it is made"
-LIBRARIES = ("torch", "torchvision", "timm", "efficientnet_lite_pytorch", "builtins")
 
 
 def list_names() -> list[str]:
@@ -40,7 +35,7 @@ def list_weights(name: str) -> list[WeightsEntry]:
 
 
 def list_options(name: str, entry: str | None) -> dict[str, Any]:
-    """None before it is made; see `hash_code`."""
+    """None before it is made; see `code.hash_code`."""
     del name, entry
     return {}
 
@@ -113,22 +108,4 @@ def read_attribute(network: nn.Module, where: str) -> InputFormat:
 def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     """No tensors: the function has put them into the network."""
     del entry, progress
-    return WeightsFile({}, f"as module:{name} makes them", "")
-
-
-def hash_code(network: nn.Module) -> str:
-    """SHA-256 of a network's printed structure and of the source files of its own classes.
-
-    What those files import from others is not seen.
-    """
-    digest = hashlib.sha256(re.sub("0x[0-9a-f]+", "", repr(network)).encode())
-    files = {
-        inspect.getsourcefile(kind)
-        for kind in map(type, network.modules())
-        if kind.__module__.partition(".")[0] not in LIBRARIES
-        and kind.__module__ in sys.modules
-        and getattr(sys.modules[kind.__module__], "__file__", None)
-    }
-    for data in sorted(Path(file).read_bytes() for file in files if file and Path(file).is_file()):
-        digest.update(hashlib.sha256(data).digest())
-    return digest.hexdigest()
+    return WeightsFile(None, f"as module:{name} makes them", "")

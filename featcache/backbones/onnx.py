@@ -200,7 +200,7 @@ def read_format(path: Path) -> InputFormat:
         return InputFormat()
     try:
         return InputFormat.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BackboneError(f"{path}, beside the network, does not say what its images look like: {error}") from error
 
 
@@ -208,7 +208,7 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     """No tensors: they are in the network already. The digest is of the file, and of those it keeps its tensors in."""
     del entry, progress
     path = check_file(name)
-    return WeightsFile({}, path.name, hash_model(path))
+    return WeightsFile(None, path.name, hash_model(path))
 
 
 def hash_model(path: Path) -> str:
@@ -232,15 +232,22 @@ def list_external_files(path: Path) -> list[str]:
     """The files in which a network keeps tensors outside of its own, relative to its folder, each once."""
     onnx = import_onnx()
     try:
-        graphs = [onnx.load(path, load_external_data=False).graph]
+        model = onnx.load(path, load_external_data=False)
     except Exception as error:
         raise BackboneError(f"{path} is not an ONNX file ({type(error).__name__})") from error
     names: set[str] = set()
-    while graphs:
-        graph = graphs.pop()
-        attributes = [attribute for node in graph.node for attribute in node.attribute]
-        graphs += [inner for one in attributes for inner in (*one.graphs, *([one.g] if one.HasField("g") else []))]
-        for tensor in (*graph.initializer, *(one.t for one in attributes if one.HasField("t"))):
+    parts = [model.graph, *model.functions]
+    while parts:
+        part = parts.pop()
+        attributes = [attribute for node in part.node for attribute in node.attribute]
+        parts += [inner for one in attributes for inner in (*one.graphs, *([one.g] if one.HasField("g") else []))]
+        sparse = [
+            *getattr(part, "sparse_initializer", ()),
+            *(inner for one in attributes for inner in one.sparse_tensors),
+        ]
+        tensors = [*getattr(part, "initializer", ()), *(half for one in sparse for half in (one.values, one.indices))]
+        tensors += [tensor for one in attributes for tensor in (*one.tensors, *([one.t] if one.HasField("t") else []))]
+        for tensor in tensors:
             if onnx.external_data_helper.uses_external_data(tensor):
                 names.add(onnx.external_data_helper.ExternalDataInfo(tensor).location)
     return sorted(names)

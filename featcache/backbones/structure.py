@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import BackboneError
@@ -35,7 +36,7 @@ def forward_shape(network: nn.Module, shape: tuple[int, ...], *, where: str) -> 
         name: tensor.to("meta") for name, tensor in itertools.chain(network.named_parameters(), network.named_buffers())
     }
     with torch.no_grad():
-        with contextlib.suppress(Exception):  # whatever a network does that needs values
+        with contextlib.suppress(Exception), unchanged(network):  # whatever a network does that needs values
             return functional_call(network, tensors, (torch.empty(1, *shape, device="meta"),))
         try:
             return network(torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)))
@@ -47,6 +48,19 @@ def forward_shape(network: nn.Module, shape: tuple[int, ...], *, where: str) -> 
                 f"{where} does not take images of {format_shape(shape)} ({reason}); is --input-size or --channels "
                 f"that of another network?"
             ) from error
+
+
+@contextlib.contextmanager
+def unchanged(network: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass notes in the network's modules: tensors without values would stay there."""
+    kept = [table for one in network.modules() for table in (vars(one), one._parameters, one._buffers)]
+    before = [dict(table) for table in kept]
+    try:
+        yield
+    finally:
+        for table, values in zip(kept, before, strict=True):
+            table.clear()
+            table.update(values)
 
 
 def format_shape(shape: Iterable[int]) -> str:
@@ -154,3 +168,19 @@ def count_operations(network: nn.Module, shape: tuple[int, ...], *, where: str) 
     with FlopCounterMode(display=False) as counter:
         forward_shape(network, shape, where=where)
     return int(counter.get_total_flops()) // 2
+
+
+class ParametersOnMeta(TorchFunctionMode):
+    """Within it, tensors that modules make for their parameters have a shape and no values; all others are as usual.
+
+    (Under `torch.device("meta")` the others would have none either, and networks compute with them while being made.)
+    """
+
+    MAKERS = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand, torch.full)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make a parameter on the meta device."""
+        kwargs = dict(kwargs or {})
+        if func in self.MAKERS and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
+from featcache.backbones.structure import ParametersOnMeta, forward_shape
 from featcache.errors import BackboneError, WeightsUnavailableError
 from featcache.extras import import_extra
 from featcache.fetching import check_reachable
@@ -70,7 +71,7 @@ def list_options(name: str, entry: str | None) -> dict[str, Any]:
 def make_network(name: str, options: Mapping[str, Any]) -> nn.Module:
     """The network with its classifier; without it where the classifier is more than one layer at the end."""
     timm = import_timm()
-    return _keep_simple_classifier(timm.create_model(name, pretrained=False, **options))
+    return _keep_simple_classifier(timm.create_model(name, pretrained=False, **options), name)
 
 
 def describe_input(name: str, entry: str | None, network: nn.Module) -> InputFormat:
@@ -123,7 +124,7 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
             f"the weights of timm:{tagged} cannot be had ({reason}); name a file with --weights PATH; --weights none "
             f"is random"
         ) from error
-    network = _keep_simple_classifier(network)
+    network = _keep_simple_classifier(network, tagged)
     path = _find_cached(config)
     return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
 
@@ -138,9 +139,29 @@ def list_heads(network: nn.Module) -> tuple[str, ...]:
     return tuple(heads) if isinstance(heads, tuple | list) else ()
 
 
-def _keep_simple_classifier(network: Any) -> nn.Module:
+def name_classifier(network: nn.Module) -> str | None:
+    """Dotted name of the classifier of a network of timm's, "" if it has none; None of a network of anybody else."""
+    config = getattr(network, "default_cfg", None)
+    if not isinstance(config, Mapping) or "classifier" not in config:
+        return None
+    name = config["classifier"]
+    if not isinstance(name, str) or not name:
+        return ""
+    try:
+        return "" if isinstance(network.get_submodule(name), nn.Identity) else name
+    except AttributeError:
+        return ""
+
+
+def _keep_simple_classifier(network: Any, name: str) -> nn.Module:
     """The network without its classifier, if that is more than one layer; timm then gives the features itself."""
-    if not isinstance(network.default_cfg.get("classifier"), str):
+    timm, classifier = import_timm(), name_classifier(network)
+    with ParametersOnMeta():
+        headless = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    features = forward_shape(headless, tuple(network.default_cfg["input_size"]), where=f"timm:{name}")
+    layer = network.get_submodule(classifier) if classifier else None
+    width = getattr(layer, "in_features", None) or getattr(layer, "in_channels", None)
+    if width != features.shape[1]:
         network.reset_classifier(0)
     made: nn.Module = network
     return made

@@ -164,7 +164,8 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
 
 def rename_tensors(file: WeightsFile) -> WeightsFile:
     """The same tensors by the names that today's networks have for them."""
-    return file._replace(tensors={DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in file.tensors.items()})
+    tensors = file.tensors or {}
+    return file._replace(tensors={DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in tensors.items()})
 
 
 def cached_file(url: str) -> Path:

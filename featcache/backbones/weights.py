@@ -165,6 +165,11 @@ def fit_weights(
     whole = all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in kept.items())
     if whole:
         kept = {name: tensors[name] for name in kept}
+    for name, tensor in given.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise WeightsError(
+                f"weights from {where} do not fit: tensor {name} is {_describe_kind(tensor)}, expected numbers"
+            )
     for name, tensor in wanted.items():
         if name in kept:
             continue
@@ -188,6 +193,13 @@ def fit_weights(
         )
     load_tensors(network, {**given, **kept})
     return whole
+
+
+def _describe_kind(tensor: Tensor) -> str:
+    """What a tensor is that is not plain numbers."""
+    if tensor.is_meta:
+        return "without values"
+    return "quantised" if tensor.is_quantized else "complex" if tensor.is_complex() else "sparse"
 
 
 def load_tensors(network: nn.Module, tensors: StateDict) -> None:
