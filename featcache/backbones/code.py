@@ -6,6 +6,7 @@ libraries the names count alone. What a network reads from elsewhere while it ru
 
 from __future__ import annotations
 
+import builtins
 import functools
 import hashlib
 import inspect
@@ -33,9 +34,12 @@ def hash_code(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def is_library(name: str | None) -> bool:
-    """Whether a module belongs to a library, whose code is known by its name."""
-    return name is None or name.partition(".")[0] in LIBRARIES
+def is_library(value: FunctionType | type | ModuleType) -> bool:
+    """Whether something belongs to a library, whose code is known by its name."""
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__ or ""
+    if name == "builtins":  # what is made without a module says so too
+        return isinstance(value, ModuleType) or getattr(builtins, value.__name__, None) is value
+    return name.partition(".")[0] in LIBRARIES
 
 
 class _Reader:
@@ -57,7 +61,7 @@ class _Reader:
             own = vars(module)
             if isinstance(module, fx.GraphModule):
                 yield module.code
-            elif not is_library(type(module).__module__):
+            elif not is_library(type(module)):
                 yield from self.read(type(module))
                 yield from self.read({key: value for key, value in own.items() if _is_attribute(key, value)})
             yield from self.read([*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()])
@@ -72,6 +76,11 @@ class _Reader:
             yield f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
         elif value is None or isinstance(value, bool | int | float | complex | str | bytes | np.generic):
             yield repr(value)
+        elif isinstance(value, tuple):  # NOTE: not "again": whether equal constants are one object is up to Python
+            for item in value:
+                yield from self.read(item)
+        elif isinstance(value, set | frozenset):
+            yield from sorted(map(repr, value))
         elif isinstance(value, nn.Module | ModuleType):
             yield type(value).__name__  # read where it is registered, or by the names that are used of it
         elif id(value) in self.seen:
@@ -86,11 +95,9 @@ class _Reader:
             for key in sorted(value, key=repr):
                 yield repr(key)
                 yield from self.read(value[key])
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list):
             for item in value:
                 yield from self.read(item)
-        elif isinstance(value, set | frozenset):
-            yield from sorted(map(repr, value))
         elif isinstance(value, functools.partial):
             yield from self.read([value.func, value.args, value.keywords])
         elif isinstance(value, staticmethod | classmethod | MethodType):
@@ -108,7 +115,7 @@ class _Reader:
     def read_function(self, function: FunctionType) -> Iterator[str]:
         """A function: its code, what it encloses, and the globals that it names."""
         yield f"{function.__module__}.{function.__qualname__}"
-        if is_library(function.__module__):
+        if is_library(function):
             return
         yield from self.read_code(function.__code__)
         yield from self.read([function.__defaults__, function.__kwdefaults__])
@@ -116,7 +123,7 @@ class _Reader:
         names = sorted(set(_list_names(function.__code__)))
         for name in names:
             value = function.__globals__.get(name)
-            if isinstance(value, ModuleType) and not is_library(value.__name__):
+            if isinstance(value, ModuleType) and not is_library(value):
                 yield from self.read({inner: vars(value)[inner] for inner in names if inner in vars(value)})
             elif value is not None:
                 yield from self.read(value)
@@ -129,13 +136,13 @@ class _Reader:
             if isinstance(constant, CodeType):
                 yield from self.read_code(constant)
             else:
-                yield repr(constant)
+                yield from self.read(constant)
 
     def read_class(self, kind: type) -> Iterator[str]:
         """A class and those that it inherits from."""
         for one in inspect.getmro(kind):
             yield f"{one.__module__}.{one.__qualname__}"
-            if not is_library(one.__module__):
+            if not is_library(one):
                 yield from self.read({name: value for name, value in vars(one).items() if name not in SILENT})
 
 
