@@ -387,3 +387,46 @@ def test_the_rows_are_the_layers_of_the_images(cli: Cli, photos: Path, tiny: typ
     images = torch.stack([rows[i][1] for i in range(len(split))])
     expected = plain.norm(plain.conv(images)).amax((2, 3)).numpy()
     np.testing.assert_allclose(split.features, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", ["layer1.0.bn1:avg", "layer2:avg"]),
+        ("alexnet", ["features.0:avg", "features.1:max", "features.3:avg"]),
+    ],
+)
+def test_a_later_operation_in_place_leaves_a_picked_layer_alone(name: str, layers: list[str]) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    look = InputFormat(input_size=(64, 64))
+    alone = [load_backbone(name, weights="none", layer=one, images=look).network(images) for one in layers]
+    together = load_backbone(name, weights="none", layer=layers, images=look).network(images)
+    assert float(alone[0].min()) < 0
+    assert torch.equal(together, torch.cat(alone, dim=1))
+
+
+class InPlace(nn.Module):
+    """Cannot be traced, and changes what its first layer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.conv(images)
+        if float(maps.mean()) > 1e9:
+            return maps
+        return self.fc(self.relu(maps).mean((2, 3)))
+
+
+def test_a_watched_layer_is_noted_before_it_is_changed() -> None:
+    network, images = InPlace(), torch.randn(2, 3, 8, 8)
+    expected = network.conv(images).mean((2, 3))
+    look = InputFormat(input_size=(8, 8), mean=(0.5,), std=(0.5,))
+    assert torch.equal(wrap_network(network, look, layer=["conv:avg"]).network(images), expected)
+
+
+def test_a_layer_whose_rows_are_not_images_is_refused() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(BackboneError, match="gives 64 rows for one image, not one; choose the layer around it"):
+        load_backbone("timm:swin_tiny_patch4_window7_224", weights="none", layer="layers.0.blocks.0.attn:avg")

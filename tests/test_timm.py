@@ -267,3 +267,17 @@ def test_a_timm_backbone_goes_all_the_way(cli: Cli, photos: Path) -> None:
     assert cli("train-head", "features.h5").code == 0
     assert cli("predict", "runs/head", photos / "val").code == 0
     assert cli("extract", photos, *tiny, "--json").json["computed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("caformer_s18", 512), ("vit_base_patch16_siglip_224", 768), ("coat_lite_tiny", 320)]
+)
+def test_what_only_looks_like_a_classifier_is_left_to_timm(name: str, width: int) -> None:
+    backbone = load_backbone(f"timm:{name}", weights="none")
+    plain = timm.create_model(name, num_classes=0).eval()
+    plain.load_state_dict(backbone.network.state_dict(), strict=False)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = plain(images)
+        assert backbone.width == expected.shape[1] == width
+        torch.testing.assert_close(backbone.network(images), expected, rtol=0, atol=1e-5)

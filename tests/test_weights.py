@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNetwork
+from conftest import TinyFamily, TinyNetwork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -332,3 +332,26 @@ def test_no_address_leads_out_of_the_folder_of_downloads(name: str, torch_home: 
     assert path.name.endswith("-00000000" + path.suffix)
     assert not path.name.startswith(".")
     assert len(path.name) < 140
+
+
+def test_a_file_without_any_tensor_is_no_weights(tiny: type[TinyFamily], tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(WeightsError, match=r"do not fit: tensor conv\.weight \(8, 3, 3, 3\) is missing"):
+        load_backbone("tiny", weights=str(tmp_path / "empty.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda one: one.to_sparse(), "sparse"), (lambda one: one.to(torch.complex64), "complex"),
+     (lambda one: torch.quantize_per_tensor(one, 0.1, 0, torch.qint8), "quantised")],
+    ids=["sparse", "complex", "quantised"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_plain_numbers_are_refused(
+    change: Callable[[Tensor], Tensor], kind: str, tiny: type[TinyFamily], tmp_path: Path
+) -> None:
+    state = TinyNetwork().state_dict()
+    torch.save({**state, "conv.weight": change(state["conv.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=kind) as caught:
+        load_backbone("tiny", weights=str(tmp_path / "w.pth"))
+    assert "\n" not in str(caught.value)
