@@ -118,7 +118,7 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
     if known["requested"] == "given" and backbone is None:
         raise RunError(
             f"{folder} was made with the network {saved.extractor['backbone']}, given in Python; give it again: "
-            f"load_classifier(folder, backbone=wrap_network(...))"
+            f"predict(run, images, backbone=wrap_network(...))"
         )
     if backbone is None:
         backbone = remake_backbone(saved.extractor, with_weights=saved.is_head, progress=progress)

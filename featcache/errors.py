@@ -117,12 +117,13 @@ class BadImagesError(FeatcacheError):
         Where they are in what was given in Python, if it was.
     """
 
-    def __init__(self, bad: Sequence[BadImage], rows: Sequence[int] = ()) -> None:
+    def __init__(self, bad: Sequence[BadImage], rows: Sequence[int] = (), *, can_leave_out: bool = True) -> None:
         self.bad, self.rows = list(bad), list(rows)
         lines = "".join(f"\n  {make_printable(path)}: {make_printable(reason)}" for path, reason in self.bad)
         one = len(self.bad) == 1
         n, what, them = ("1 file", "an image", "it") if one else (f"{len(self.bad)} files", "images", "them")
         leaving = f"drop {them} from X, see `rows` of this error" if rows else f"leave {them} out with --skip-bad"
+        leaving = leaving if can_leave_out else "name others"
         cure = f"mend or remove {them}, or {leaving}"
         super().__init__(f"{n} cannot be used as {what}; {cure}{lines}")
 

@@ -121,26 +121,38 @@ def draw_accuracy_against_time(arms: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def cut_middle(text: str, length: int) -> str:
+    """A name of at most so many characters: its beginning and its end.
+
+    >>> cut_middle("resnet18", 12), cut_middle("timm:vit_small_patch16_224.augreg", 12)
+    ('resnet18', 'timm:…augreg')
+    """
+    if len(text) <= length:
+        return text
+    tail = length // 2
+    return f"{text[: length - tail - 1]}…{text[-tail:]}"
+
+
 def draw_ranking(arms: Sequence[Mapping[str, Any]]) -> Figure:
     """Validation accuracy with its interval, one row an arm, the best on top, and beside it what extraction took.
 
     Each arm has `name`, `val_accuracy`, `interval` (low, high) and `extraction_seconds` or None.
     """
-    figure = Figure(figsize=(7.2, 1.6 + 0.32 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(arms)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     rows = range(len(arms))
     values = [arm["val_accuracy"] for arm in arms]
     low = [arm["val_accuracy"] - arm["interval"][0] for arm in arms]
     high = [arm["interval"][1] - arm["val_accuracy"] for arm in arms]
     left.errorbar(values, rows, xerr=[low, high], fmt="o", ms=6, capsize=3, color=COLOURS[0])
-    left.set_yticks(rows, [_plain(arm["name"]) for arm in arms])
+    left.set_yticks(rows, [_plain(cut_middle(arm["name"], 34)) for arm in arms])
     left.invert_yaxis()
     left.margins(y=0.5 / len(arms))
     left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _label(left, "validation accuracy, 95 % interval", "")
+    _label(left, "validation accuracy, 95 %", "")
     right.barh(rows, [arm["extraction_seconds"] or 0 for arm in arms], height=0.6, color=COLOURS[1])
     right.tick_params(axis="y", length=0)
-    _label(right, "seconds of extraction", "")
+    _label(right, "extraction, s", "")
     return figure
 
 

@@ -5,7 +5,7 @@ Knows no files and no figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -102,7 +102,7 @@ def state_ranking(arms: Sequence[dict[str, Any]]) -> str:
 
 def tabulate_ranking(arms: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A ranking as rows of text, one an arm."""
-    header = ["", "val accuracy", "95 % interval", "p", "width", "params", "GFLOPs", "extraction s", "head s"]
+    header = ["", "val accuracy", "95 % interval", "p vs 1st", "width", "params", "GFLOPs", "extraction s", "head s"]
     return [header, *map(_ranking_row, arms)]
 
 
@@ -210,13 +210,24 @@ def format_ranking_markdown(
     verdict: str,
     arms: Sequence[dict[str, Any]],
     figures: Sequence[tuple[str, str]],
+    *,
+    data: dict[str, Any],
+    failed: Mapping[str, str],
 ) -> str:
-    """A ranking as a Markdown page."""
+    """A ranking as a Markdown page.
+
+    `data` is that of the runs' records, `failed` the backbones that could not be used, with the reason.
+    """
+    counts = ", ".join(f"{n} {name}" for name, n in data["images"].items())
+    origin = f"Data: {_escape(data['folder'])}, {counts} images, {len(data['classes'])} classes."
     table = [_markdown_row(rows[0]), "|---|" + "---:|" * (len(rows[0]) - 1), *map(_markdown_row, rows[1:])]
     notes = [f"- **{_escape(arm['name'])}**: {_escape(arm['layer'])}; {_escape(arm['selection'])}." for arm in arms]
     images = [f"![{caption}]({file})" for caption, file in figures]
     remarks = f"{INTERVALS_REMARK} {RANKING_REMARK}"
-    parts = ["# Backbones by their heads", _escape(verdict), "\n".join(table), remarks, "\n".join(notes), *images]
+    notes += [f"- **{_escape(name)}** is left out: {_escape(reason)}" for name, reason in failed.items()]
+    notes += [f"- {_escape(arm['name'])}: {_escape(note)}" for arm in arms for note in arm["notes"]]
+    title = "# Backbones by their heads"
+    parts = [title, origin, _escape(verdict), "\n".join(table), remarks, "\n".join(notes), *images]
     return "\n\n".join(parts) + "\n"
 
 

@@ -713,3 +713,13 @@ def test_errors_of_the_command_are_one_line_and_exit_1(cli: Cli) -> None:
     assert outcome.err.startswith("Error: no table at nowhere.npy")
     assert cli("import", "x.npy", "--val-fraction", "2").code == 2
     assert cli("import").code == 2
+
+
+def test_a_table_without_a_split_is_split_as_its_paths_are(tmp_path: Path) -> None:
+    places = [f"{split}/{label}/{i}.jpg" for split in ("train", "val") for label in "ab" for i in range(3)]
+    lines = ["path,label,x", *(f"{place},{place.split('/')[1]},{i}" for i, place in enumerate(places))]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    cache = featcache.import_features(tmp_path / "t.csv", tmp_path / "f.h5").cache
+    assert {name: list(split.listing.paths) for name, split in cache.splits.items()} == {
+        name: [place for place in places if place.startswith(name)] for name in ("train", "val")
+    }

@@ -90,8 +90,8 @@ def test_the_backbone_that_sees_is_before_the_one_that_is_blind(flat_photos: Pat
 
 def test_every_backbone_has_its_own_cache_and_run_and_they_are_used_again(photos: Path, tiny: type[TinyFamily]) -> None:
     first = featcache.rank_backbones(photos, ["tiny", "blind"], weights="none")
-    assert {path.name for path in Path().glob("*.h5")} == {"features-tiny.h5", "features-blind.h5"}
-    assert {path.name for path in Path("runs").iterdir()} == {"compare", "head-tiny", "head-blind"}
+    assert {path.name for path in Path().glob("*.h5")} == {"features-tiny-none.h5", "features-blind-none.h5"}
+    assert {path.name for path in Path("runs").iterdir()} == {"compare", "head-tiny-none", "head-blind-none"}
     assert {path.name for path in Path("runs/compare").iterdir()} == {"compare.json", "compare.md", "ranking.png"}
     tiny.calls = 0
     again = featcache.rank_backbones(photos, ["blind", "tiny"], weights="none")
@@ -143,7 +143,7 @@ def test_settings_of_the_head_and_the_extraction_are_passed_on(flat_photos: Path
     assert "C = 0.5" in ranking.arms[0]["title"]
     wanted = featcache.list_dataset(flat_photos, val_fraction=0.4, seed=3)
     assert ranking.arms[0]["n_val"] == len(wanted.splits["val"])
-    assert featcache.open_cache("features-tiny.h5").stored == "float16"
+    assert featcache.open_cache("features-tiny-none.h5").stored == "float16"
 
 
 def test_bad_images_are_left_out_of_all_and_named_once(photos: Path) -> None:
@@ -275,6 +275,7 @@ def make_arm(name: str, correct: int, p_adjusted: float | None, seconds: float |
         "width": 512,
         "parameters": 11_689_512,
         "multiply_adds": 1_814_073_344,
+        "notes": [],
     }
 
 
@@ -297,7 +298,11 @@ def test_the_page_has_a_row_for_each_and_names_cannot_break_it() -> None:
     assert rows[1] == ["a|b", "90.0%", "10.0% to 90.0%", "-", "512", "11.7 M", "1.81", "1.0", "0.10"]
     assert rows[2][3] == "0.03"
     assert rows[2][7] == "-"
-    page = format_ranking_markdown(rows, "verdict", arms, [("cost", "ranking.png")])
+    data = {"folder": "/data/<x>", "images": {"train": 7, "val": 3}, "classes": ["a", "b"]}
+    failed = {"absent": "its weights are <gone>"}
+    page = format_ranking_markdown(rows, "verdict", arms, [("cost", "ranking.png")], data=data, failed=failed)
+    assert "Data: /data/&lt;x>, 7 train, 3 val images, 2 classes." in page
+    assert "**absent** is left out: its weights are &lt;gone>" in page
     assert "a\\|b" in page
     assert "<script>" not in page
     assert "![cost](ranking.png)" in page

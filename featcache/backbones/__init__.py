@@ -43,6 +43,7 @@ __all__ = [
     "WeightsEntry",
     "attach_classifier",
     "attach_head",
+    "check_known",
     "check_trainable",
     "check_unchanged",
     "describe_preprocessing",
@@ -120,6 +121,10 @@ def load_backbone(
         description["seed"] = seed
     else:
         description.update(name=chosen.file.name, sha256=chosen.file.sha256 or None)
+        if not layer:
+            progress.say(
+                f"{name}: the features are the file's output; `featcache backbones {name}` lists what --layer can take"
+            )
     suggested = family.describe_input(plain, chosen.entry, network)
     return freeze_network(
         network,
@@ -133,6 +138,13 @@ def load_backbone(
         pool=pool,
         verify=family is module,
     )
+
+
+def check_known(name: str) -> None:
+    """Raise a BackboneError if there is no backbone of this name, or no such file."""
+    family, plain = find_family(name)
+    if family is onnx:
+        onnx.check_file(plain)
 
 
 def check_unchanged(backbone: Backbone) -> None:

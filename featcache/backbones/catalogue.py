@@ -99,6 +99,9 @@ def list_summaries(
     known = read_measured()
     new: dict[str, Any] = {}
     summaries = []
+    n_new = sum(f"{find_version(name)} {name}" not in known for name, _ in chosen)
+    if n_new > 20:
+        progress.say(f"measuring {n_new} networks, this once")
     for name, entries in progress.track(chosen, total=len(chosen), what="measuring", unit="net"):
         key = f"{find_version(name)} {name}"
         if key not in known:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,11 +271,28 @@ def list_layers(network: nn.Module, shape: tuple[int, ...], *, where: str) -> di
     else:
         source = select_outputs(network, nodes, where=where)
     outputs = forward_shape(source, shape, where=where)
-    return {
+    shapes = {
         name: tuple(output.shape[1:])
         for name, output in outputs.items()
         if isinstance(output, Tensor) and output.dim() >= 2 and output.shape[0] == 1
     }
+    return add_blocks(shapes) if nodes is not None and not isinstance(network, OutputsByName) else shapes
+
+
+def add_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Layers and, behind the last layer of each, the blocks that they are in: their outputs are the same.
+
+    >>> list(add_blocks({"conv": (8,), "layer1.0.conv": (8,), "layer1.0.relu": (8,), "fc": (5,)}))
+    ['conv', 'layer1.0.conv', 'layer1.0.relu', 'layer1.0', 'layer1', 'fc']
+    """
+    parts = [name.split(".") for name in shapes]
+    blocks = {".".join(part[:i]): last for last, part in enumerate(parts) for i in range(1, len(part))}
+    found: dict[str, tuple[int, ...]] = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        found[name] = shape
+        ending = sorted((block for block, last in blocks.items() if last == i), key=len, reverse=True)
+        found.update((block, shape) for block in ending if block not in shapes)
+    return found
 
 
 class OutputsByName(nn.Module):

@@ -97,6 +97,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return sum(len(split) for split in self.splits.values())
 
+    def __repr__(self) -> str:
+        counts = " + ".join(f"{len(split)} {name}" for name, split in self.splits.items())
+        return f"FeatureCache({counts} rows of {self.dim} {self.stored}, {self.extractor['backbone']})"
+
 
 def stored_precision(extractor: Mapping[str, Any]) -> str:
     """How an extractor's features are stored, "float32" or "float16"."""

@@ -96,8 +96,23 @@ def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
 
 
 def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What differs between two extractors, in a line."""
-    return "; ".join(list_differences(key_parts(old), key_parts(new))) or "another version of featcache"
+    """What differs between two extractors, in a line; the layers' list is left out, which `layer` says in words."""
+    one, other = ({name: value for name, value in key_parts(e).items() if name != "layers"} for e in (old, new))
+    if one["weights"] != other["weights"]:
+        one["weights"], other["weights"] = name_weights(old), name_weights(new)
+    return "; ".join(list_differences(one, other)) or "another version of featcache"
+
+
+def name_weights(extractor: Mapping[str, Any]) -> str:
+    """What the weights of an extractor are called, and the first digits of what they are.
+
+    >>> name_weights({"weights": {"name": "random, seed 0", "tensors_sha256": "0123456789abcdef"}})
+    'random, seed 0 (01234567...)'
+    """
+    weights = extractor["weights"]
+    if not isinstance(weights, Mapping):
+        return str(weights)
+    return f"{weights.get('name')} ({str(weights.get('tensors_sha256'))[:8]}...)"
 
 
 def shorten(value: Any) -> str:

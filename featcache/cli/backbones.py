@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +24,7 @@ NUMBERS = 6  # columns from the second on that stand to the right
 @option("--kind", type=click.Choice(KINDS), default=None, help="trunk: of a segmentation or detection model.")
 @option("--max-params", type=float, default=None, metavar="MILLIONS", help="At most that many parameters.")
 @option("--max-gflops", type=float, default=None, metavar="N", help="At most that many thousand million multiply-adds.")
+@option("--all", "every", is_flag=True, help="List every layer of NAME, also those deep inside blocks.")
 @option("--input-size", type=Size(square=True), default=None, metavar="PIXELS",
         help="Of the images that the layers of NAME are listed for.")  # fmt: skip
 @json_option
@@ -39,7 +40,7 @@ def command(names: tuple[str, ...], as_json: bool, **filters: Any) -> int:
       featcache backbones resnet18
     """
     if len(names) == 1 and not set(names[0]) & set("*?["):
-        return print_layers(names[0], filters["input_size"], as_json)
+        return print_layers(names[0], filters["input_size"], as_json, every=filters["every"])
     from featcache.backbones.catalogue import list_summaries
 
     summaries = [
@@ -53,8 +54,8 @@ def command(names: tuple[str, ...], as_json: bool, **filters: Any) -> int:
     for line in align([HEADER, *map(list_cells, summaries)]):
         click.echo(line)
     click.echo(
-        "\n* on this machine. GFLOPs: multiply-adds of one image, counted once. Also: timm:NAME (list with 'timm:*'), "
-        "onnx:FILE, module:PACKAGE.FUNCTION."
+        "\n* on this machine. GFLOPs: multiply-adds of one image, counted once.\n"
+        "Also: timm:NAME (list with 'timm:*'), onnx:FILE, module:PACKAGE.FUNCTION."
     )
     return DONE
 
@@ -132,7 +133,17 @@ def to_json(summary: Summary) -> dict[str, Any]:
     }
 
 
-def print_layers(name: str, input_size: tuple[int, int] | None, as_json: bool) -> int:
+def is_outer(name: str, layers: Collection[str]) -> bool:
+    """Whether a layer is a block, or in no block inside another.
+
+    >>> [is_outer(name, ["features.0", "a.b.c", "a.b"]) for name in ("features.0", "a.b.c", "a.b")]
+    [True, False, True]
+    """
+    depth = name.count(".")
+    return depth < 2 or (depth < 3 and any(other.startswith(f"{name}.") for other in layers))
+
+
+def print_layers(name: str, input_size: tuple[int, int] | None, as_json: bool, *, every: bool) -> int:
     """`featcache backbones NAME`."""
     from featcache.backbones.catalogue import describe_layers, list_weights
 
@@ -148,9 +159,11 @@ def print_layers(name: str, input_size: tuple[int, int] | None, as_json: bool) -
         here = "on this machine" if entry.is_here else "not on this machine"
         top1 = f", top-1 {entry.top1:.1f} %" if entry.top1 else ""
         click.echo(f"weights {entry.name}: {here}, licence {entry.licence}{top1}")
-    click.echo(f"{len(layers)} layers, in the order of their running; numbers per image:")
-    width = max(map(len, layers), default=0)
-    for key, shape in layers.items():
+    shown = {key: shape for key, shape in layers.items() if every or is_outer(key, layers)}
+    hidden = f" of {len(layers)} (--all lists them)" if len(shown) < len(layers) else ""
+    click.echo(f"{len(shown)} layers{hidden}, in the order of their running; numbers per image:")
+    width = max(map(len, shown), default=0)
+    for key, shape in shown.items():
         click.echo(f"  {key:<{width}}  {' x '.join(map(str, shape))}")
     click.echo("\nUse one with --layer NAME, or NAME:avg, NAME:max, NAME:flatten, NAME:cls if it is not a vector.")
     return DONE

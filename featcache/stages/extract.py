@@ -74,6 +74,9 @@ class Extraction:
     bad: tuple[BadImage, ...]
     seconds: float
 
+    def __repr__(self) -> str:
+        return f"Extraction({str(self.path)!r}, {self.cache!r}, {self.computed} computed, {self.seconds:.1f} s)"
+
     @property
     def reused(self) -> int:
         """Rows that needed no forward pass."""

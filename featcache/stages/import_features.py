@@ -232,6 +232,14 @@ def describe_origin(table: Table, listing: Listing, config: ImportConfig) -> dic
 # A table as a listing
 
 
+def split_by_folder(rows: Split) -> dict[str, Split]:
+    """The splits that the paths begin with, train/..., val/...; none unless all of them do."""
+    folders = np.array([path.partition("/")[0] for path in rows.paths])
+    if not {"train", "val"} <= set(folders.tolist()) <= set(SPLITS):
+        return {}
+    return {name: rows.take(folders == name) for name in SPLITS if (folders == name).any()}
+
+
 def list_rows(table: Table, config: ImportConfig, progress: Progress) -> Listing:
     """The rows of a table as a data set: class, path, digest and split of each.
 
@@ -258,6 +266,8 @@ def list_rows(table: Table, config: ImportConfig, progress: Progress) -> Listing
     where = str(table.path)
     if "split" in table.columns:
         splits = split_as_given(rows, table)
+    elif splits := split_by_folder(rows):
+        progress.say("the rows are split as their paths are, into " + ", ".join(f"{name}/" for name in splits))
     else:
         splits = split_by_content(rows, classes, where, config.val_fraction, config.seed)
     for name, split in splits.items():

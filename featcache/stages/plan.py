@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featcache.backbones import Backbone, check_unchanged, load_backbone
+from featcache.backbones import Backbone, check_known, check_unchanged, load_backbone
 from featcache.cache import (
     FeatureCache,
     Part,
@@ -130,6 +130,7 @@ def plan_extraction(
         and not config.force
         and name_network(old.extractor["backbone"]) != name_network(config.backbone)
     ):
+        check_known(config.backbone)
         made_with = old.extractor["backbone"]  # seen before anything is downloaded for the wrong one
         raise StaleCacheError(
             f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "

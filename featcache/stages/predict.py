@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from featcache.backbones import Backbone
 from featcache.bundle import load_classifier
 from featcache.dataset import list_clips, list_images
 from featcache.errors import BadImage, BadImagesError, DatasetError
@@ -28,6 +29,7 @@ def predict(
     run: Path | str,
     images: Sequence[Path | str],
     *,
+    backbone: Backbone | None = None,
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -41,6 +43,8 @@ def predict(
         A run folder that `train_head` or `finetune` made.
     images
         Files, or folders, whose images are taken.
+    backbone
+        The one that the run was made with, if it was given in Python (`wrap_network`).
     device, batch_size, workers
         As in `featcache.config.ExtractConfig`.
     progress
@@ -70,7 +74,7 @@ def predict(
     """
     check_present(images)
     select_device(device)
-    classifier = load_classifier(run, progress=progress)
+    classifier = load_classifier(run, backbone=backbone, progress=progress)
     paths = expand_paths(images, clips=classifier.preprocessing.frames > 0)
     probabilities, bad = classifier.predict_files(
         paths,
@@ -80,7 +84,7 @@ def predict(
         progress=progress,
     )
     if len(bad) == len(paths):
-        raise BadImagesError(bad)
+        raise BadImagesError(bad, can_leave_out=False)
     predictions = [
         Prediction(path=path, label=classifier.classes[int(np.argmax(one))], probability=float(one.max()))
         for path, one in zip(paths, probabilities, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from featcache import files
 from featcache.backbones.catalogue import find_cost
 from featcache.cache import FeatureCache, check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig, HeadConfig
+from featcache.config import RUNS_DIR, CompareConfig, HeadConfig, is_imported
 from featcache.dataset import describe_data
 from featcache.errors import BackboneError, BadImage, MissingExtraError, RunError, SettingsError
 from featcache.files import hash_bytes
@@ -112,7 +112,7 @@ def rank_backbones(
         try:
             extraction = extract_features(
                 data,
-                name_cache(config.features, backbone),
+                name_cache(config.features, backbone, config.weights),
                 progress=progress,
                 backbone=backbone,
                 device=config.device,
@@ -122,14 +122,15 @@ def rank_backbones(
             )
         except (BackboneError, MissingExtraError) as error:
             failed[backbone] = str(error)
-            progress.say(f"WARNING: {backbone} cannot be used and is left out")
+            progress.say(f"WARNING: {backbone} is left out: {str(error).partition(';')[0]}")
             if len(failed) == len(backbones):
                 raise
             continue
         left_out |= dict.fromkeys(extraction.bad)
         caches[backbone] = extraction.path
-    ranking = rank_caches(list(caches.values()), output, runs=config.runs, progress=progress, **_head_settings(config))
-    return replace(ranking, failed=failed, left_out=tuple(left_out))
+    head = config.stated("solver", "C", "seed")
+    ranking = rank_files(list(caches.values()), output, Path(config.runs), progress, head, failed)
+    return replace(ranking, left_out=tuple(left_out))
 
 
 def rank_caches(
@@ -164,7 +165,18 @@ def rank_caches(
     CacheError, DatasetError, RunError, OutputError
         If a file is no cache, has no use for a head, or the caches are not of the same images.
     """
-    output = Path(output)
+    return rank_files(caches, Path(output), Path(runs), progress, settings, {})
+
+
+def rank_files(
+    caches: Sequence[Path | str],
+    output: Path,
+    runs: Path,
+    progress: Progress,
+    settings: Mapping[str, Any],
+    failed: Mapping[str, str],
+) -> Ranking:
+    """`rank_caches`, and the backbones that have none because they failed."""
     HeadConfig(**settings)
     check_replaceable(output)
     opened = {Path(path): open_cache(path) for path in caches}
@@ -177,7 +189,7 @@ def rank_caches(
     arms = [replace(arm, name=name) for arm, name in zip(load_arms(folders), names, strict=True)]
     described = [describe_features_of(arm, cache) for arm, cache in zip(arms, opened.values(), strict=True)]
     order = sorted(range(len(arms)), key=lambda i: (-described[i]["correct"], described[i]["seconds"]))
-    return write_ranking(output, [arms[i] for i in order], [described[i] for i in order])
+    return write_ranking(output, [arms[i] for i in order], [described[i] for i in order], failed)
 
 
 def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
@@ -192,17 +204,22 @@ def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
             )
 
 
-def write_ranking(output: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]]) -> Ranking:
+def write_ranking(
+    output: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]], failed: Mapping[str, str]
+) -> Ranking:
     """Compare everyone with the first, and write the report."""
     pairs = compare_with_first(arms)
     numbers = [{**one, "against_first": pair} for one, pair in zip(numbers, [None, *pairs], strict=True)]
     verdict, rows = state_ranking(numbers), tabulate_ranking(numbers)
     with files.fill_folder(output) as folder:
         save_figure(draw_ranking(numbers), folder / FIGURE[1])
-        (folder / REPORT).write_text(format_ranking_markdown(rows, verdict, numbers, [FIGURE]), encoding="utf-8")
-        summary = {"schema": 1, "kind": "ranking", "verdict": verdict, "arms": numbers, "report": REPORT}
+        page = format_ranking_markdown(rows, verdict, numbers, [FIGURE], data=arms[0].record.data, failed=failed)
+        (folder / REPORT).write_text(page, encoding="utf-8")
+        summary = {"schema": 1, "kind": "ranking", "verdict": verdict, "arms": numbers, "failed": dict(failed)}
         (folder / "compare.json").write_text(files.pretty_json(summary), encoding="utf-8")
-    return Ranking(arms=list(numbers), verdict=verdict, table=format_table(rows), report=output / REPORT, failed={})
+    return Ranking(
+        arms=list(numbers), verdict=verdict, table=format_table(rows), report=output / REPORT, failed=dict(failed)
+    )
 
 
 def describe_features_of(arm: Arm, cache: FeatureCache) -> dict[str, Any]:
@@ -222,13 +239,15 @@ def describe_features_of(arm: Arm, cache: FeatureCache) -> dict[str, Any]:
 
 def name_features(caches: Sequence[FeatureCache], paths: Sequence[Path]) -> list[str]:
     """What to call each: its backbone, with layers or the file's name where that is not enough to tell all apart."""
-    for spell in (
+    by_file = any(is_imported(cache.extractor["backbone"]) for cache in caches)  # which say little of themselves
+    spells: tuple[Callable[[FeatureCache, Path], str], ...] = (
         lambda cache, _: say_backbone(cache),
-        lambda cache, _: f"{say_backbone(cache)}, {cache.extractor['layer']}",
+        lambda cache, path: path.stem if by_file else f"{say_backbone(cache)}, {cache.extractor['layer']}",
         lambda cache, path: f"{say_backbone(cache)} ({path.name})",
         lambda _, path: str(path),
-    ):
-        names = [str(spell(cache, path)) for cache, path in zip(caches, paths, strict=True)]
+    )
+    for spell in spells:
+        names = [spell(cache, path) for cache, path in zip(caches, paths, strict=True)]
         if len(set(names)) == len(names):
             return names
     return [f"{path} ({i})" for i, path in enumerate(paths, 1)]
@@ -240,14 +259,16 @@ def say_backbone(cache: FeatureCache) -> str:
     return f"{cache.extractor['backbone']}{' (random)' if random else ''}"
 
 
-def name_cache(features: Path | str, backbone: str) -> Path:
-    """The cache of a backbone: features.h5 and resnet18 give features-resnet18.h5.
+def name_cache(features: Path | str, backbone: str, weights: str | None = None) -> Path:
+    """The cache of a backbone: features-resnet18.h5 for features.h5 and resnet18; weights not its own are named.
 
-    >>> name_cache("features.h5", "resnet18").name
-    'features-resnet18.h5'
+    >>> name_cache("features.h5", "resnet18").name, name_cache("features.h5", "resnet18", "none").name
+    ('features-resnet18.h5', 'features-resnet18-none.h5')
     """
-    path = Path(features)
-    return path.with_name(f"{path.stem}-{make_slug(backbone)}{path.suffix or '.h5'}")
+    path, name = Path(features), make_slug(backbone)
+    if weights not in (None, "default"):
+        name = f"{name}-{make_slug(str(weights))}"
+    return path.with_name(f"{path.stem}-{name}{path.suffix or '.h5'}")
 
 
 def name_run(runs: Path | str, cache: Path) -> Path:
@@ -276,7 +297,3 @@ def make_slug(text: str) -> str:
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[-60:].lstrip("._")
     return slug if slug == text else f"{slug}-{hash_bytes(text.encode())[:6]}"
-
-
-def _head_settings(config: CompareConfig) -> dict[str, Any]:
-    return config.stated("solver", "C", "seed")
