@@ -24,6 +24,7 @@ pytest.importorskip("onnxruntime")
 
 from featcache.backbones import Backbone, attach_classifier, load_backbone, remake_backbone  # noqa: E402
 from featcache.backbones.catalogue import describe_layers  # noqa: E402
+from featcache.backbones.onnx import list_external_files, read_format  # noqa: E402
 from featcache.cache import hash_extractor, read_cache  # noqa: E402
 from featcache.errors import BackboneError, FeatcacheError, MissingExtraError  # noqa: E402
 from featcache.images import ImageRows, InputFormat, make_evaluation_transform  # noqa: E402
@@ -538,3 +539,28 @@ def test_images_go_through_the_network_as_tensors_of_torch(tmp_path: Path) -> No
     network: Callable[[Tensor], Tensor] = load(save_nhwc(tmp_path / "net.onnx")).network
     features = network(torch.zeros(3, 3, 16, 16))
     assert (features.shape, features.dtype) == ((3, 5), torch.float32)
+
+
+def test_tensors_outside_of_the_file_are_found_wherever_the_network_has_them(tmp_path: Path) -> None:
+    tensor = onnx.numpy_helper.from_array(np.zeros(4, np.float32), "k")
+    onnx.external_data_helper.set_external_data(tensor, "inner.bin")
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+    function = onnx.helper.make_function("mine", "F", [], ["c"], [constant], [onnx.helper.make_opsetid("", 17)])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("F", [], ["y"], domain="mine")], "g", [], [])
+    model = onnx.helper.make_model(graph, functions=[function])
+    (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
+    assert list_external_files(tmp_path / "net.onnx") == ["inner.bin"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 200_000, '{"mean": NaN, "std": 1}', '{"mean": true}', '{"input_size": 1000000000}', '{"std": 0}'],
+    ids=["nested", "nan", "true", "huge", "zero"],
+)
+def test_a_hostile_file_beside_the_network_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "net.json").write_text(text)
+    with pytest.raises(BackboneError, match=r"net\.json, beside the network, does not say what its images") as caught:
+        read_format(tmp_path / "net.json")
+    assert "\n" not in str(caught.value)
