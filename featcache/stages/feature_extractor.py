@@ -138,7 +138,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         del y
         list_pictures(X)
         config, backbone = self._provide()
-        select_device(config.device)
+        select_device(config.device, backbone.network)
         self.n_features_out_ = backbone.width
         return self
 
@@ -169,7 +169,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         task = Task(
             pictures=pictures,
             backbone=backbone,
-            device=select_device(config.device),
+            device=select_device(config.device, backbone.network),
             config=config,
             output=None if self.cache is None else files.follow_link(Path(self.cache)),
             progress=self.progress or SILENT,
@@ -229,9 +229,7 @@ def read_settings(parameters: dict[str, Any]) -> tuple[ExtractConfig, Backbone |
     }
     if not isinstance(plain["backbone"], str | Backbone):
         kind = type(plain["backbone"]).__name__
-        raise SettingsError(
-            f"backbone is a {kind}: expected a name, or featcache.backbones.wrap_network(network, images)"
-        )
+        raise SettingsError(f"backbone is a {kind}: expected a name, or featcache.wrap_network(network, images)")
     plain["layer"] = (plain["layer"],) if isinstance(plain["layer"], str) else tuple(plain["layer"] or ())
     images = InputFormat.from_json({name: plain[name] for name in ExtractConfig.IMAGES})
     plain |= {name: getattr(images, name) for name in ExtractConfig.IMAGES}
