@@ -108,7 +108,7 @@ def test_rows_do_not_depend_on_how_they_are_computed(
 def test_other_weights_are_refused_with_what_differs(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
     featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
     content = (tmp_path / "f.h5").read_bytes()
-    differs = r"weights: random, seed 0 \(\w{8}\.\.\.\) -> random, seed 1 \(\w{8}\.\.\.\).*--force"
+    differs = r"weights: random, seed 0 \[\w{8}\.\.\.\] -> random, seed 1 \[\w{8}\.\.\.\].*--force"
     with pytest.raises(StaleCacheError, match=differs):
         featcache.extract_features(photos, tmp_path / "f.h5", seed=1, **TINY)
     assert (tmp_path / "f.h5").read_bytes() == content

@@ -116,15 +116,13 @@ def load_backbone(
         options["code_sha256"] = hash_code(network)
     if isinstance(network, onnx.OnnxNetwork):
         options["layout"] = network.layout  # wherever it was said: beside the file it may be said otherwise tomorrow
+        if not layer:
+            progress.say(f"{name}: the features are its output; `featcache backbones {name}` lists others for --layer")
     description: dict[str, Any] = {"requested": chosen.requested, "name": f"random, seed {seed}", "sha256": None}
     if chosen.file is None:
         description["seed"] = seed
     else:
         description.update(name=chosen.file.name, sha256=chosen.file.sha256 or None)
-        if not layer:
-            progress.say(
-                f"{name}: the features are the file's output; `featcache backbones {name}` lists what --layer can take"
-            )
     suggested = family.describe_input(plain, chosen.entry, network)
     return freeze_network(
         network,

@@ -107,12 +107,12 @@ def name_weights(extractor: Mapping[str, Any]) -> str:
     """What the weights of an extractor are called, and the first digits of what they are.
 
     >>> name_weights({"weights": {"name": "random, seed 0", "tensors_sha256": "0123456789abcdef"}})
-    'random, seed 0 (01234567...)'
+    'random, seed 0 [01234567...]'
     """
     weights = extractor["weights"]
     if not isinstance(weights, Mapping):
         return str(weights)
-    return f"{weights.get('name')} ({str(weights.get('tensors_sha256'))[:8]}...)"
+    return f"{weights.get('name')} [{str(weights.get('tensors_sha256'))[:8]}...]"
 
 
 def shorten(value: Any) -> str:
