@@ -155,6 +155,10 @@ WRONG: dict[str, tuple[str, str]] = {
         "compare {photos} --backbone tiny --backbone resnet18 --epochs 3",
         "--epochs is of fine-tuning, and several backbones are compared by their heads alone",
     ),
+    "compare: epochs of caches": (
+        "compare {weights} {weights} --epochs 3",
+        "--epochs is for a folder of images: caches are ranked by new heads on what they hold",
+    ),
     "compare: file that is no cache": ("compare {weights} {weights}", "{weights}"),
     "compare: backbones of which none can be used": (
         "compare {photos} --backbone nothing --backbone tiny:3 --weights none",

@@ -23,7 +23,10 @@ from featcache.cli.common import (
     store_option,
 )
 from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
-from featcache.errors import make_printable
+from featcache.errors import SettingsError, make_printable
+
+HEAD_OPTIONS = ("solver", "C", "seed")
+DATA_OPTIONS = ("weights", "epochs", "batch_size", "lr", "val_fraction", "store", "workers", *HEAD_OPTIONS)
 
 if TYPE_CHECKING:
     from featcache.stages.compare import Comparison
@@ -102,14 +105,24 @@ def run_comparison(targets: tuple[str, ...], output: str, settings: dict[str, An
 
     backbones: tuple[str, ...] = settings.pop("backbone")
     if all(Path(target).is_file() for target in targets):
+        check_unstated(settings, backbones, HEAD_OPTIONS, "caches are ranked by new heads on what they hold")
         head = {name: settings[name] for name in ("solver", "C", "seed") if settings[name] is not None}
         return rank_caches(targets, output, runs=settings["runs"], progress=TerminalProgress(), **head)
     if len(targets) > 1 or is_run(Path(targets[0])):
+        check_unstated(settings, backbones, (), "finished runs are compared as they are")
         return compare_runs(targets, output)
     if len(backbones) > 1:
         return rank_backbones(targets[0], backbones, output, progress=TerminalProgress(), **settings)
     backbone = backbones[0] if backbones else None
     return compare(targets[0], output, progress=TerminalProgress(), backbone=backbone, **settings)
+
+
+def check_unstated(settings: dict[str, Any], backbones: tuple[str, ...], used: tuple[str, ...], why: str) -> None:
+    """Raise a SettingsError if an option is stated that would do nothing."""
+    stated = [name for name in DATA_OPTIONS if name not in used and settings[name] is not None]
+    if backbones or stated:
+        option = "--backbone" if backbones else {"C": "-C"}.get(stated[0], f"--{stated[0].replace('_', '-')}")
+        raise SettingsError(f"{option} is for a folder of images: {why}")
 
 
 def to_json(compared: Comparison | Ranking) -> dict[str, Any]:
