@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from featcache.cache import FeatureCache, Verification, open_cache, read_cache, verify_cache
     from featcache.dataset import Listing, list_dataset
     from featcache.errors import FeatcacheError
-    from featcache.images import InputFormat
+    from featcache.preprocessing import InputFormat
     from featcache.progress import Progress
     from featcache.runs import RunRecord, read_record
     from featcache.stages.compare import Comparison, compare, compare_runs
@@ -46,7 +46,7 @@ _HOMES = {
     "FeatureExtractor": "stages.feature_extractor",
     "Forecast": "stages.forecast",
     "ImportedFeatures": "stages.import_features",
-    "InputFormat": "images",
+    "InputFormat": "preprocessing",
     "Listing": "dataset",
     "Plan": "stages.plan",
     "Prediction": "stages.predict",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import nn
 
-from featcache.backbones import Backbone, attach_classifier, attach_head, remake_backbone
+from featcache.backbones import Backbone, attach_classifier, remake_backbone
 from featcache.backbones.weights import load_tensors
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import LinearHead
-from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
+from featcache.images import ImageRows, make_pixel_transform
 from featcache.metrics import to_probabilities
+from featcache.preprocessing import Preprocessing
 from featcache.progress import SILENT, Progress
 from featcache.runtime import run_network
 
@@ -40,11 +41,25 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """A whole network with the names of its classes: image files in, probabilities out."""
+    """A whole network with the names of its classes: image files in, probabilities out.
+
+    Attributes
+    ----------
+    network
+        (B, 3, H, W) float32 -> features, or logits where there is no `head`.
+    head
+        (B, D) -> (B, n_classes) logits: a linear head on features, in float32 whatever the features' precision.
+    classes
+        Names.
+    preprocessing, precision
+        As in `Backbone`: those of the features that the head was trained on.
+    """
 
     network: nn.Module
+    head: nn.Module | None
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    precision: Mapping[str, Any]
 
     def predict_files(
         self,
@@ -65,15 +80,29 @@ class Classifier:
         bad
             Those files.
         """
-        rows = ImageRows(root, paths, transform=make_evaluation_transform(self.preprocessing))
+        rows = ImageRows(root, paths, transform=make_pixel_transform(self.preprocessing))
         probabilities = np.full((len(paths), len(self.classes)), np.nan)
         bad: list[BadImage] = []
-        outputs = run_network(self.network, rows, device=device, batch_size=batch_size, workers=workers)
+        outputs = run_network(
+            self.network,
+            rows,
+            device=device,
+            precision=self.precision,
+            batch_size=batch_size,
+            workers=workers,
+        )
         for output in progress.track(outputs, total=len(paths), what="predicting"):
             if len(output.rows):
-                probabilities[output.rows] = to_probabilities(output.values)
+                probabilities[output.rows] = to_probabilities(self._find_logits(output.values))
             bad += output.bad
         return probabilities, bad
+
+    def _find_logits(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits (B, n_classes) from what the network gave."""
+        if self.head is None:
+            return values
+        with torch.inference_mode():
+            return self.head(torch.from_numpy(values)).numpy()  # type: ignore[no-any-return]
 
 
 def save_head(folder: Path, head: LinearHead, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
@@ -123,6 +152,7 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
     if backbone is None:
         backbone = remake_backbone(saved.extractor, with_weights=saved.is_head, progress=progress)
     else:
+        backbone = as_extracted(backbone, saved.extractor)
         check_same_features(folder, saved.extractor, backbone)
     if saved.is_head and backbone.weights["tensors_sha256"] != known["tensors_sha256"]:
         raise RunError(
@@ -131,21 +161,28 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
             f"{backbone.weights['tensors_sha256'][:8]}...; bring back the file, or train the head again"
         )
     n_classes = len(saved.classes)
-    if saved.is_head:
-        target: nn.Module = nn.Linear(backbone.width, n_classes)
-        network = attach_head(backbone, target)
-    else:
-        network, _ = attach_classifier(backbone, n_classes)
-        target = network
+    head = nn.Linear(backbone.width, n_classes) if saved.is_head else None
+    network = backbone.network if head else attach_classifier(backbone, n_classes)[0]
     try:
-        load_tensors(target, tensors)
+        load_tensors(head or network, tensors)
     except RuntimeError as error:
         raise RunError(
             f"{folder / MODEL_TENSORS} does not fit {backbone.name} with {n_classes} classes; train it again"
         ) from error
     return Classifier(
-        network=network.eval().requires_grad_(False), classes=saved.classes, preprocessing=backbone.preprocessing
+        network=network.eval().requires_grad_(False),
+        head=head.eval().requires_grad_(False) if head else None,
+        classes=saved.classes,
+        preprocessing=backbone.preprocessing,
+        precision=backbone.precision,
     )
+
+
+def as_extracted(backbone: Backbone, extractor: Mapping[str, Any]) -> Backbone:
+    """A backbone with the decoder and the precision of a description."""
+    decoder = Preprocessing.from_json(extractor["preprocessing"]).decoder
+    precision = {name: value for name, value in extractor["precision"].items() if name != "stored"}
+    return replace(backbone, preprocessing=replace(backbone.preprocessing, decoder=decoder), precision=precision)
 
 
 def check_same_features(folder: Path, extractor: Mapping[str, Any], backbone: Backbone) -> None:

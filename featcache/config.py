@@ -14,7 +14,9 @@ from featcache.errors import SettingsError
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 SOLVERS = ("sklearn", "torch")
-RUNTIMES = ("auto", "eager", "fused")
+RUNTIMES = ("auto", "eager", "fused", "compile", "openvino", "onnx")
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+DECODERS = ("pillow", "torch")
 STORES = ("float32", "float16")
 BATCH_NORMS = ("auto", "train", "fixed")
 POOLS = ("avg", "max", "flatten", "cls")
@@ -25,6 +27,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 CHOICES = {"pool": POOLS, "layout": LAYOUTS, "channels": CHANNELS, "interpolation": INTERPOLATIONS}
+EXECUTION = ("precision", "decoder")  # decide the features, and are no part of the backbone
 # What stands for the backbone of features that were made elsewhere, perhaps followed by ":" and what made them.
 IMPORTED = "imported"
 
@@ -139,7 +142,13 @@ class ExtractConfig(ImageSettings):
     device
         Where the network runs; "auto" is CUDA where there is one, else the CPU.
     runtime
-        How it runs there: "eager", "fused" or "auto" (see `featcache.runtime`).
+        How it runs there: "auto", "eager", "fused", "compile", "openvino" or "onnx" (see `featcache.runtime`).
+    precision
+        In which the network computes: "fp32", "bf16", "fp16" or "int8". None is that of the cache that is there, else
+        fp32 on a CPU and fp16 on CUDA.
+    decoder
+        "pillow" or "torch" (see `featcache.preprocessing.Preprocessing`). None is that of the cache that is there, else
+        "pillow" for the eager runtime, the reference, and "torch" for all others.
     val_fraction
         Share of the images that validates, where the folder has no split of its own.
     seed
@@ -164,6 +173,7 @@ class ExtractConfig(ImageSettings):
         "pool",
         *ImageSettings.IMAGES,
         "layout",
+        *EXECUTION,
     )
     IMAGES: ClassVar[tuple[str, ...]] = (*ImageSettings.IMAGES, "layout")
 
@@ -176,6 +186,8 @@ class ExtractConfig(ImageSettings):
     workers: int | None = None
     device: str = "auto"
     runtime: str = "auto"
+    precision: str | None = None
+    decoder: str | None = None
     val_fraction: float = 0.2
     seed: int = 0
     skip_bad: bool = False
@@ -189,6 +201,8 @@ class ExtractConfig(ImageSettings):
         super().__post_init__()
         self._require(self.store in STORES, "store", " or ".join(STORES))
         self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
+        self._require(self.precision in (None, *PRECISIONS), "precision", " or ".join(PRECISIONS))
+        self._require(self.decoder in (None, *DECODERS), "decoder", " or ".join(DECODERS))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "1 or more")
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")

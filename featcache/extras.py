@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 from featcache.errors import MissingExtraError
@@ -35,3 +36,8 @@ def import_extra(package: str, *, extra: str, what: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise MissingExtraError(f"{what} an optional package: pip install 'featcache[{extra}]'") from error
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package could be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None

@@ -6,228 +6,31 @@ Of clips: path -> T frames -> (B, 3, T, H, W). Knows no labels' meaning, no netw
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.transforms import functional
 
-from featcache.clips import CLIP_RULES, decode_clip
-from featcache.config import CHOICES, MAX_SIDE
+from featcache.clips import decode_clip
 from featcache.dataset import hash_clip
-from featcache.decoding import RULES, decode_safely
-from featcache.errors import BadImage, ImageError, SettingsError
+from featcache.decoding import decode_safely
+from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
+from featcache.preprocessing import Preprocessing
 
 PictureTransform: TypeAlias = Callable[[Image.Image], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What happens to an image before the network sees it: part of the weights, and of every cache key.
-
-    Attributes
-    ----------
-    resize
-        Length in pixels that the shorter side is resized to; (H, W) resizes to exactly that, whatever the shape.
-    crop
-        Side in pixels of the square that is cut from the middle, or its (H, W).
-    interpolation
-        One of `INTERPOLATIONS`, antialiased.
-    mean, std
-        Per channel, in the order of `channels`, of pixel values scaled to [0, 1].
-    decoding
-        The rules of decoding, in words; those of clips where there are frames.
-    channels
-        "RGB", "BGR" or "L" (grey): what the network's first axis means.
-    frames
-        Of a clip, evenly spaced; 0 for pictures.
-    """
-
-    resize: int | tuple[int, int]
-    crop: int | tuple[int, int]
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    decoding: str = RULES
-    channels: str = "RGB"
-    frames: int = 0
-
-    def __post_init__(self) -> None:
-        if self.frames and self.decoding == RULES:
-            object.__setattr__(self, "decoding", CLIP_RULES)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of what the network sees."""
-        return (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """(channels, H, W), or (channels, frames, H, W) of a clip."""
-        return (len(self.channels), *([self.frames] if self.frames else []), *self.size)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; what only some networks need is left out where it is as usual."""
-        value = json.loads(json.dumps(asdict(self)))
-        return {name: entry for name, entry in value.items() if name not in USUAL or entry != USUAL[name]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """From what `to_json` gave."""
-        plain: dict[str, Any] = {name: freeze_list(entry) for name, entry in value.items()}
-        return cls(**plain)
-
-
 CHANGED = "changed while it was being worked on; run the same command again"
-USUAL = {"channels": "RGB", "frames": 0}
-
-
-def freeze_list(value: Any) -> Any:
-    """A JSON list as a tuple, anything else as it is."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number, and a finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_side(value: Any) -> bool:
-    """Whether a value is a number of pixels that a picture may have."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
-
-
-@dataclass(frozen=True, kw_only=True)
-class InputFormat:
-    """What is known of the images that a network wants; None is not known.
-
-    Attributes
-    ----------
-    input_size
-        (H, W) in pixels.
-    resize
-        As in `Preprocessing`; not known is the shorter side to that of the input.
-    interpolation, channels, frames
-        As in `Preprocessing`.
-    mean, std
-        Per channel, or one for all, of pixel values in [0, scale].
-    scale
-        1 or 255, mostly.
-    layout
-        "NCHW", "NHWC", or "NF" for a network that wants rows of numbers: height by width by channel.
-    """
-
-    input_size: tuple[int, int] | None = None
-    resize: int | tuple[int, int] | None = None
-    interpolation: str | None = None
-    channels: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    scale: float | None = None
-    layout: str | None = None
-    frames: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            numbers = getattr(self, name)
-            self._require(numbers is None or all(map(is_number, numbers)), name, "finite numbers")
-        self._require(self.std is None or 0 not in self.std, "std", "numbers other than 0")
-        self._require(self.scale is None or (is_number(self.scale) and self.scale > 0), "scale", "a number above 0")
-        for name in ("input_size", "resize"):
-            sides = getattr(self, name)
-            sides = sides if isinstance(sides, tuple) else (sides,)
-            pixels = len(sides) in (1, 2) and all(is_side(side) for side in sides)
-            self._require(sides == (None,) or pixels, name, f"1 to {MAX_SIDE:,} pixels, or height and width")
-
-    def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise SettingsError(f"{name} is {getattr(self, name)!r}: expected {expected}")
-
-    @classmethod
-    def from_json(cls, value: Any) -> InputFormat:
-        """From plain JSON values with the names of the fields; one number stands for a square, or for all channels.
-
-        Raises
-        ------
-        SettingsError
-            If it is something else.
-        """
-        known = [one.name for one in fields(cls)]
-        if not isinstance(value, Mapping) or not set(value) <= set(known):
-            strange = sorted(set(value) - set(known)) if isinstance(value, Mapping) else type(value).__name__
-            raise SettingsError(f"{strange} describes no images: expected an object with {', '.join(known)}")
-        plain = {name: freeze_list(entry) for name, entry in value.items() if entry is not None}
-        if isinstance(plain.get("input_size"), int):
-            plain["input_size"] = (plain["input_size"],) * 2
-        for name in ("mean", "std"):
-            if isinstance(plain.get(name), int | float):
-                plain[name] = (plain[name],)
-        for name, choices in CHOICES.items():
-            if name in plain and plain[name] not in choices:
-                raise SettingsError(f"{name} is {plain[name]!r}: expected {' or '.join(choices)}")
-        for name in ("input_size", "mean", "std"):
-            if not isinstance(plain.get(name, ()), tuple):
-                raise SettingsError(f"{name} is {plain[name]!r}: expected numbers")
-        if len(plain.get("input_size", (1, 1))) != 2:
-            raise SettingsError(f"input_size is {plain['input_size']}: expected height and width")
-        return cls(**plain)
-
-    def over(self, usual: InputFormat) -> InputFormat:
-        """What is said here, else what is usual; a resize that is not stated keeps its ratio to the size."""
-        merged = {name: value if value is not None else getattr(usual, name) for name, value in vars(self).items()}
-        merged["frames"] = self.frames or usual.frames
-        if self.scale is not None and self.scale != usual.scale and self.mean is None and usual.mean is not None:
-            ratio = self.scale / (usual.scale or 1.0)
-            merged["mean"] = tuple(ratio * value for value in usual.mean)
-            merged["std"] = tuple(ratio * value for value in usual.std or ())
-        if self.input_size and self.resize is None and usual.input_size and isinstance(usual.resize, int):
-            merged["resize"] = round(usual.resize * min(self.input_size) / min(usual.input_size))
-        elif self.input_size and self.resize is None:
-            merged["resize"] = None
-        return InputFormat(**merged)
-
-    def list_missing(self) -> list[str]:
-        """The options that would have to be given."""
-        wanted = {"--input-size": self.input_size, "--mean": self.mean, "--std": self.std}
-        return [option for option, value in wanted.items() if value is None]
-
-    def make_preprocessing(self) -> Preprocessing:
-        """The preprocessing, if nothing is missing.
-
-        Raises
-        ------
-        SettingsError
-            If the number of means is neither one nor that of the channels.
-        """
-        assert self.input_size is not None
-        height, width = self.input_size
-        channels = self.channels or "RGB"
-        return Preprocessing(
-            resize=self.resize or (height if height == width else self.input_size),
-            crop=height if height == width else self.input_size,
-            interpolation=self.interpolation or "bilinear",
-            mean=self._spread("mean", len(channels)),
-            std=self._spread("std", len(channels)),
-            channels=channels,
-            frames=self.frames,
-        )
-
-    def _spread(self, name: str, n: int) -> tuple[float, ...]:
-        values: tuple[float, ...] = getattr(self, name)
-        if len(values) not in (1, n):
-            raise SettingsError(f"--{name} has {len(values)} numbers: expected {n}, one per channel, or one for all")
-        return tuple(value / (self.scale or 1.0) for value in (values * n if len(values) == 1 else values))
 
 
 @dataclass(frozen=True)
@@ -293,22 +96,83 @@ class ClipTransform:
 Transform: TypeAlias = PictureTransform | ClipTransform
 
 
-def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize, crop the middle, scale, normalise: RGB image -> (3, H, W) float32, the same every time.
+class PixelTransform:
+    """Resize and crop the middle: RGB image -> (channels, H, W) uint8, the same every time.
 
-    Of a clip every frame, to (3, T, H, W). Torchvision's own preset of its video networks resizes tensors without
-    antialiasing; here Pillow resizes, antialiased, as it does pictures. On frames that are much larger than what the
-    network sees this is smoother.
+    The pixels lie in memory row after row, channel beside channel (channels last), as decoders make them and as the
+    fast runtimes want them. With the decoder "torch" they differ from Pillow's by one grey level at most: both filter
+    with weights rounded to integers, and round them differently.
+
+    Of a clip every frame is treated so. Torchvision's own preset of its video networks resizes tensors without
+    antialiasing; here it is antialiased, as for pictures. On frames that are much larger than what the network sees
+    this is smoother.
     """
-    mode = transforms.InterpolationMode(preprocessing.interpolation)
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self._mode = transforms.InterpolationMode(preprocessing.interpolation)
+        self._size = list(preprocessing.resize) if isinstance(preprocessing.resize, tuple) else [preprocessing.resize]
+        self._resize_and_crop = self._with_torch if preprocessing.decoder == "torch" else self._with_pillow
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels of one image."""
+        pixels = self._resize_and_crop(image)  # (H, W, 3)
+        channels = self.preprocessing.channels
+        if channels == "BGR":
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        elif channels == "L":
+            pixels = np.array(Image.fromarray(pixels).convert("L"))[:, :, None]
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def _with_pillow(self, image: Image.Image) -> NDArray[np.uint8]:
+        image = functional.resize(image, self._size, interpolation=self._mode)
+        return np.array(functional.center_crop(image, list(self.preprocessing.size)))
+
+    def _with_torch(self, image: Image.Image) -> NDArray[np.uint8]:
+        from torchvision.transforms.v2.functional import center_crop_image, resize_image
+
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = resize_image(pixels, self._size, interpolation=self._mode, antialias=True)
+        pixels = center_crop_image(pixels, list(self.preprocessing.size))
+        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+class Normalise(nn.Module):
+    """Pixels (B, C, H, W) uint8 -> what the network was trained on, float32; of clips (B, C, T, H, W).
+
+    Bit for bit what torchvision's ToTensor and Normalize make of each image.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        shape = (-1, *([1] * (len(preprocessing.input_shape) - 1)))
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(shape), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scale to [0, 1], subtract the mean, divide by the standard deviation."""
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+def make_pixel_transform(preprocessing: Preprocessing) -> Transform:
+    """Pixels for a network that normalises by itself: RGB image -> (3, H, W) uint8; of clips (3, T, H, W)."""
+    transform = PixelTransform(preprocessing)
+    return ClipTransform(preprocessing.frames, transform) if preprocessing.frames else transform
+
+
+def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
+    """Resize, crop the middle, scale, normalise: RGB image -> (3, H, W) float32, the same every time; see above."""
     transform: PictureTransform = transforms.Compose(
-        [
-            transforms.Resize(preprocessing.resize, interpolation=mode),
-            transforms.CenterCrop(preprocessing.crop),
-            *_to_normalised_tensor(preprocessing),
-        ]
+        [PixelTransform(preprocessing), Normalise(replace(preprocessing, frames=0)), _in_usual_order]
     )
     return ClipTransform(preprocessing.frames, transform) if preprocessing.frames else transform
+
+
+def _in_usual_order(image: Tensor) -> Tensor:
+    return image.contiguous()
 
 
 def make_training_transform(preprocessing: Preprocessing) -> Transform:
@@ -389,6 +253,11 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         except ImageError as error:
             return row, str(error), label
 
+    def make_normalisation(self) -> nn.Module:
+        """What is still to be done to a batch before the network sees it."""
+        picture = self.transform.picture if isinstance(self.transform, ClipTransform) else self.transform
+        return Normalise(picture.preprocessing) if isinstance(picture, PixelTransform) else nn.Identity()
+
     def decode(self, row: int) -> Any:
         """RGB image of a row, or RGB images of a clip's frames.
 
@@ -419,10 +288,17 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         """Stack the usable rows and name the others."""
         good = [(row, image, label) for row, image, label in items if isinstance(image, Tensor)]
         bad = [BadImage(self.paths[row], reason) for row, reason, _ in items if isinstance(reason, str)]
-        images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0)
+        images = stack_images([image for _, image, _ in good]) if good else torch.empty(0)
         rows = torch.tensor([row for row, _, _ in good], dtype=torch.int64)
         labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
         return Batch(rows, images, labels, bad)
+
+
+def stack_images(images: Sequence[Tensor]) -> Tensor:
+    """B images (C, H, W) as one tensor (B, C, H, W) of the same order in memory; clips (C, T, H, W) alike."""
+    if images[0].ndim == 3 and not images[0].is_contiguous():
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.stack(list(images))
 
 
 def load_image(path: Path, digest: str | None = None) -> Image.Image:
@@ -461,7 +337,7 @@ def make_loader(
         Page-locked batches, for copies to a GPU.
     """
     if workers is None:
-        workers = choose_workers(len(rows))
+        workers = choose_workers(len(rows), torch.device("cpu"))
     loader: Iterable[Batch] = DataLoader(
         rows,
         batch_size=batch_size,
@@ -475,13 +351,19 @@ def make_loader(
     return loader
 
 
-def choose_workers(n_images: int) -> int:
-    """Decoding processes for `n_images` on this machine: half of its cores, at most 8.
+def choose_workers(n_images: int, device: torch.device) -> int:
+    """Decoding processes for `n_images` on this machine.
 
-    None for a handful of images, and none on two cores: measured there, decoding in turn with the network (53 images/s
-    for ResNet18) is no slower than a process that competes with it (45).
+    For a GPU all cores but one, which feeds it. For a CPU half of its cores, at most 8; none on two cores: measured
+    there, decoding in turn with the network (53 images/s for ResNet18) is no slower than a process that competes with
+    it (45). None for a handful of images.
     """
-    return 0 if n_images < 32 or count_cores() <= 2 else min(count_cores() // 2, 8)
+    cores = count_cores()
+    if n_images < 32:
+        return 0
+    if device.type == "cuda":
+        return min(cores - 1, 32)
+    return 0 if cores <= 2 else min(cores // 2, 8)
 
 
 def count_cores() -> int:

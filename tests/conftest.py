@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.errors import WeightsUnavailableError
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}

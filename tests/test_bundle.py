@@ -21,8 +21,9 @@ from featcache.bundle import Classifier, load_classifier, save_head, save_networ
 from featcache.errors import BadImage, RunError, WeightsError
 from featcache.files import hash_bytes
 from featcache.heads import LinearHead
-from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
+from featcache.images import ImageRows, make_evaluation_transform
 from featcache.metrics import to_probabilities
+from featcache.preprocessing import Preprocessing
 from featcache.runtime import run_network
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_a_loaded_classifier_is_frozen_and_knows_its_classes(kind: str, request:
 def test_the_tensors_come_back_bit_for_bit(tmp_path: Path, tiny: type[TinyFamily]) -> None:
     head = make_head(7)
     folder = save_tiny_head(tmp_path / "head", load_backbone("tiny", weights="none"), head)
-    layer = load_classifier(folder).network.get_submodule("head")
+    layer = load_classifier(folder).head
     assert layer.weight.numpy().tobytes() == head.weight.tobytes()
     assert layer.bias.numpy().tobytes() == head.bias.tobytes()
 

@@ -23,7 +23,6 @@ from featcache.cache import (
     FeatureSplit,
     can_serve,
     hash_extractor,
-    key_parts,
     list_differences,
     open_cache,
     read_cache,
@@ -31,6 +30,7 @@ from featcache.cache import (
     write_cache,
 )
 from featcache.cache.contents import hash_content
+from featcache.cache.key import key_parts
 from featcache.cache.reading import COLUMNS, TEXTS, hash_blocks, hash_texts
 from featcache.dataset import Split
 from featcache.errors import CacheError, OutputError

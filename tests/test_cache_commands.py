@@ -19,6 +19,7 @@ from conftest import COLOURS, Outcome, TinyFamily, draw_photo
 from featcache.cache import hold_output, lock, open_cache, read_cache, reading
 
 Cli = Callable[..., Outcome]
+PREPROCESSING = ("resize", "crop", "interpolation", "mean", "std", "decoding", "decoder")
 TINY = ("--backbone", "tiny", "--weights", "none", "--device", "cpu", "--runtime", "eager", "--batch-size", "1")
 EXPLAIN = ("cache", "explain", "--backbone", "tiny", "--weights", "none")
 KINDS = {"cache", "parts", "temporary", "lock"}
@@ -234,7 +235,7 @@ def test_explain_a_cache_that_has_everything(cli: Cli, made: Path, photos: Path,
 def test_explain_names_every_value_that_decides_the_features(cli: Cli, made: Path, photos: Path) -> None:
     text, value = explain(cli, photos)
     expected = {"backbone", "weights", "layer", "dim", "precision.compute", "precision.stored"}
-    expected |= {f"preprocessing.{name}" for name in ("resize", "crop", "interpolation", "mean", "std", "decoding")}
+    expected |= {f"preprocessing.{name}" for name in PREPROCESSING}
     assert {field["name"] for field in value["fields"]} == expected
     assert all(f"same     {name} " in text for name in expected)
 

@@ -20,7 +20,8 @@ import featcache
 from featcache import clips, decoding
 from featcache.clips import CLIP_RULES, check_video_support, choose_frames, decode_clip
 from featcache.errors import ImageError, MissingExtraError
-from featcache.images import ImageRows, Preprocessing, make_evaluation_transform
+from featcache.images import ImageRows, make_evaluation_transform
+from featcache.preprocessing import Preprocessing
 from featcache.runtime import run_network
 
 N = 24

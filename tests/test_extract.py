@@ -174,11 +174,11 @@ def test_an_interruption_keeps_what_was_computed(
                 yield item
 
     with pytest.raises(KeyboardInterrupt):
-        featcache.extract_features(photos, tmp_path / "f.h5", progress=Interrupting(), **TINY)
+        featcache.extract_features(photos, tmp_path / "f.h5", progress=Interrupting(), decoder="pillow", **TINY)
     assert not (tmp_path / "f.h5").exists()
     key = hash_extractor(featcache.load_backbone("tiny", weights="none").describe())
     spent = sum(part.seconds for part in list_parts(tmp_path / "f.h5", "rows", key)[0])
-    extraction = featcache.extract_features(photos, tmp_path / "f.h5", **TINY)
+    extraction = featcache.extract_features(photos, tmp_path / "f.h5", decoder="pillow", **TINY)
     assert extraction.computed == 18 - 3 * 4
     assert extraction.cache.provenance["seconds"] > spent > 0  # what the first try cost is not forgotten
 

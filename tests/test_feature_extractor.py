@@ -33,7 +33,7 @@ from featcache import FeatureExtractor
 from featcache.backbones import wrap_network
 from featcache.cache import list_parts, parts_path
 from featcache.errors import BackboneError, BadImagesError, CacheError, InputError, OutputError, SettingsError
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.stages import feature_extractor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -440,7 +440,7 @@ def test_threads_share_a_network(paths: list[str], tmp_path: Path, tiny: type[Ti
         thread.join()
     assert all(outs[i].tobytes() == outs[0].tobytes() for i in range(4))
     assert torch.get_num_threads() == 1
-    assert tiny.calls <= 18 + 4  # and those that fusing tries
+    assert tiny.calls < 2 * 18  # and those with which the runtime is checked
 
 
 def test_it_is_pickled_without_weights_and_says_what_it_is(

@@ -23,18 +23,26 @@ NOUNS: dict[str, set[str]] = {
     "decoding": set(),
     "fetching": set(),
     "clips": {"dataset", "decoding"},  # the order of a folder's frames; a frame from a file's bytes, the helpers
-    "images": {"clips", "dataset", "decoding"},  # frames of a clip; the digest it must have; an image from bytes
+    "preprocessing": {"clips", "decoding"},  # the rules of decoding, in words
+    "images": {"clips", "dataset", "decoding", "preprocessing"},  # frames; digests; an image from bytes; what to do
     "metrics": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": set(),
     "plots": set(),
     "runs": set(),
-    "backbones": {"fetching", "images"},  # weights from the net; Preprocessing, which is part of the weights
+    "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights
     "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
     "heads": {"metrics"},  # probabilities from logits
-    "cache": {"dataset"},  # Split and Listing: which image a row is
+    "cache": {"dataset", "preprocessing"},  # Split and Listing: which image a row is; what is usual, for people
     "report": {"metrics", "runs"},  # RunRecords in, numbers out
-    "bundle": {"backbones", "heads", "images", "metrics", "runtime"},  # a classifier is all of them together
+    "bundle": {
+        "backbones",
+        "heads",
+        "images",
+        "metrics",
+        "preprocessing",
+        "runtime",
+    },  # all of them together
 }
 OWNERS = {
     "h5py": {"cache"},
@@ -51,7 +59,8 @@ OWNERS = {
     "urllib3": {"fetching"},  # the errors of requests' own connections
     "timm": {"backbones"},
     "onnx": {"backbones"},
-    "onnxruntime": {"backbones"},
+    "onnxruntime": {"backbones", "runtime"},
+    "openvino": {"runtime"},
     "scipy": {"heads", "metrics"},
     "safetensors": {"backbones", "bundle"},
 }

@@ -28,7 +28,6 @@ from featcache.images import (
     Batch,
     ClipTransform,
     ImageRows,
-    Preprocessing,
     choose_workers,
     count_cores,
     denormalise,
@@ -39,6 +38,7 @@ from featcache.images import (
     make_training_transform,
     save_png,
 )
+from featcache.preprocessing import Preprocessing
 
 IMAGENET = Preprocessing(resize=256, crop=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 SMALL = Preprocessing(resize=20, crop=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -585,12 +585,24 @@ def test_the_checking_loader_names_exactly_the_bad_files(folder: Path) -> None:
     assert all(isinstance(item, BadImage) and item.reason for item in bad)
 
 
-@pytest.mark.parametrize(("cores", "n", "workers"), [(2, 5000, 0), (16, 31, 0), (16, 32, 8), (6, 999, 3), (64, 999, 8)])
-def test_workers_are_chosen_by_cores_and_images(
-    monkeypatch: pytest.MonkeyPatch, cores: int, n: int, workers: int
+@pytest.mark.parametrize(
+    ("device", "cores", "n", "workers"),
+    [
+        ("cpu", 2, 5000, 0),
+        ("cpu", 16, 31, 0),
+        ("cpu", 16, 32, 8),
+        ("cpu", 6, 999, 3),
+        ("cpu", 64, 999, 8),
+        ("cuda", 16, 31, 0),
+        ("cuda", 16, 999, 15),
+        ("cuda", 1, 999, 0),
+    ],
+)
+def test_workers_are_chosen_by_device_cores_and_images(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, n: int, workers: int
 ) -> None:
     monkeypatch.setattr("featcache.images.count_cores", lambda: cores)
-    assert choose_workers(n) == workers
+    assert choose_workers(n, torch.device(device)) == workers
 
 
 def test_there_is_at_least_one_core() -> None:

@@ -20,8 +20,10 @@ from featcache.backbones.layers import Pick, find_channels, list_layers, parse_l
 from featcache.cache import hash_extractor, read_cache
 from featcache.cache.reading import format_command
 from featcache.errors import BackboneError, SettingsError
-from featcache.images import ImageRows, InputFormat, make_evaluation_transform
-from featcache.runtime import fuse_network, run_network
+from featcache.images import ImageRows, make_evaluation_transform
+from featcache.preprocessing import InputFormat
+from featcache.runtime import run_network
+from featcache.runtime.engines import Model, make_example, make_fused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,7 +253,7 @@ def test_an_untraceable_network_agrees_in_the_threads_of_the_fused_runtime(flat_
 
 def test_a_traced_network_is_fused_too() -> None:
     network = wrap_network(Uneven(), SMALL, layer=["norm:avg", "huge:avg"]).network
-    fused = fuse_network(network, [(0, make_images(1)[0], 0)])
+    fused = make_fused(Model(network, nn.Identity(), make_example(make_images(1)[0], 2))).run._network
     assert isinstance(fused.source.norm, nn.Identity)
     torch.testing.assert_close(fused(make_images()), network(make_images()), rtol=1e-3, atol=0)
 

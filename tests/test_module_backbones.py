@@ -17,7 +17,8 @@ import featcache
 from featcache.backbones import load_backbone, remake_backbone, wrap_network
 from featcache.cache import hash_extractor, read_cache
 from featcache.errors import BackboneError, RunError, SettingsError, WeightsError
-from featcache.images import ImageRows, InputFormat, make_evaluation_transform
+from featcache.images import ImageRows, make_evaluation_transform
+from featcache.preprocessing import InputFormat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

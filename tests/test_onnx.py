@@ -27,7 +27,8 @@ from featcache.backbones.catalogue import describe_layers  # noqa: E402
 from featcache.backbones.onnx import list_external_files, read_format  # noqa: E402
 from featcache.cache import hash_extractor, read_cache  # noqa: E402
 from featcache.errors import BackboneError, FeatcacheError, MissingExtraError  # noqa: E402
-from featcache.images import ImageRows, InputFormat, make_evaluation_transform  # noqa: E402
+from featcache.images import ImageRows, make_evaluation_transform  # noqa: E402
+from featcache.preprocessing import InputFormat  # noqa: E402
 from featcache.runtime import run_network  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,7 +149,7 @@ def keras() -> dict[str, Any]:
         return dict(file)
 
 
-@pytest.mark.parametrize("runtime", ["eager", "fused"])
+@pytest.mark.parametrize("runtime", ["eager", "onnx"])
 def test_features_of_a_keras_network_are_those_of_keras(runtime: str, tmp_path: Path, keras: dict[str, Any]) -> None:
     files = save_pictures(tmp_path, keras["images"])
     backbone = load(GOLDEN / "keras_cnn.onnx", PIXELS)
@@ -508,7 +509,7 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(
 
 def test_an_onnx_backbone_goes_all_the_way(cli: Cli, photos: Path, tmp_path: Path) -> None:
     path = save_nhwc(tmp_path / "net.onnx")
-    options = ("--backbone", f"onnx:{path}", "--mean", "127", "--std", "60", "--scale", "255")
+    options = ("--backbone", f"onnx:{path}", "--mean", "127", "--std", "60", "--scale", "255", "--decoder", "pillow")
     extract = cli("extract", photos, *options, "--json")
     assert (extract.code, extract.json["dim"], extract.json["computed"]) == (0, 5, 18)
     assert cli("train-head", "features.h5").code == 0

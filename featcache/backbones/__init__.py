@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from featcache.backbones.freezing import fingerprint, freeze_network, is_foreign
 from featcache.backbones.layers import Pick
 from featcache.backbones.structure import set_submodule
 from featcache.errors import BackboneError, SettingsError
-from featcache.images import InputFormat, Preprocessing
+from featcache.preprocessing import InputFormat, Preprocessing
 from featcache.progress import SILENT, Progress
 
 __all__ = [
@@ -42,7 +43,6 @@ __all__ = [
     "Pick",
     "WeightsEntry",
     "attach_classifier",
-    "attach_head",
     "check_known",
     "check_trainable",
     "check_unchanged",
@@ -222,7 +222,7 @@ def remake_backbone(
     network = _make_seeded(lambda: family.make_network(plain, options), seed)
     if family is module and hash_code(network) != options["code_sha256"]:
         raise BackboneError(f"the code of {extractor['backbone']} has changed since; bring it back, or extract again")
-    return freeze_network(
+    backbone = freeze_network(
         network,
         name=extractor["backbone"],
         file=file,
@@ -235,6 +235,8 @@ def remake_backbone(
         ],
         pool=find_pool(extractor),
     )
+    precision = {name: value for name, value in extractor["precision"].items() if name != "stored"}
+    return replace(backbone, precision=precision)
 
 
 def find_pool(extractor: Mapping[str, Any]) -> str | None:
@@ -325,11 +327,6 @@ def attach_classifier(backbone: Backbone, n_classes: int) -> tuple[nn.Module, st
         return nn.Sequential(OrderedDict(features=backbone.network, head=layer)), "head"
     set_submodule(backbone.network, backbone.classifier, layer)
     return backbone.network, backbone.classifier
-
-
-def attach_head(backbone: Backbone, head: nn.Module) -> nn.Module:
-    """A linear head (n_classes, width) on the features, (B, 3, H, W) -> (B, n_classes)."""
-    return nn.Sequential(OrderedDict(features=backbone.network, head=head))
 
 
 def _make_seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:

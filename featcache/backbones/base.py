@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from featcache.backbones.layers import Pick
-from featcache.images import InputFormat, Preprocessing
+from featcache.preprocessing import InputFormat, Preprocessing
 from featcache.progress import Progress
 
 StateDict = Mapping[str, Tensor]
+FLOAT32 = {"compute": "float32"}
 
 
 class WeightsFile(NamedTuple):
@@ -115,6 +116,9 @@ class Backbone:
         "train" or "fixed" and the reason, the default when this network is fine-tuned.
     make_classifier
         (number of classes) -> a fresh last layer of the kind that was removed.
+    precision
+        In which the features are computed, JSON-ready: {"compute": "float32"}, or another type of torch's; "int8" has
+        the `ranges` of its activations beside it.
     network_sha256
         Of the network's tensors by the names that they have in it, see `check_unchanged`.
     """
@@ -130,6 +134,7 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict)
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
+    precision: dict[str, Any] = field(default_factory=lambda: dict(FLOAT32))
     network_sha256: str
 
     def describe(self, stored: str = "float32") -> dict[str, Any]:
@@ -148,7 +153,7 @@ class Backbone:
             **({"options": self.options} if self.options else {}),
             "dim": self.width,
             "preprocessing": self.preprocessing.to_json(),
-            "precision": {"compute": "float32", "stored": stored},
+            "precision": {**self.precision, "stored": stored},
         }
 
 

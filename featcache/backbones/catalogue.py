@@ -27,7 +27,7 @@ from featcache.backbones.structure import ParametersOnMeta, count_operations, fi
 from featcache.backbones.weights import find_downloads
 from featcache.errors import BackboneError, FeatcacheError, OutputError
 from featcache.files import pretty_json, write_atomically
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import SILENT, Progress
 
 KINDS = ("classification", "trunk", "video")

@@ -16,7 +16,7 @@ from torch import nn
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.backbones.weights import read_weights as read_file
 from featcache.extras import import_extra
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 NAME = "efficientnet_lite0"

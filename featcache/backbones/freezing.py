@@ -22,7 +22,7 @@ from featcache.backbones.structure import (
 from featcache.backbones.weights import fit_weights, strip_prefixes
 from featcache.errors import BackboneError, SettingsError, WeightsError
 from featcache.files import hash_bytes
-from featcache.images import Preprocessing
+from featcache.preprocessing import Preprocessing
 
 
 def freeze_network(

@@ -17,7 +17,7 @@ from torch import nn
 
 from featcache.backbones.base import WeightsEntry, WeightsFile
 from featcache.errors import BackboneError, SettingsError
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 MADE_WEIGHTS = "as it is made"

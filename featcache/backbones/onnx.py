@@ -11,6 +11,7 @@ Needs the extra featcache[onnx].
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ from featcache.config import LAYOUTS
 from featcache.errors import BackboneError
 from featcache.extras import import_extra
 from featcache.files import canonical_json, hash_bytes, hash_file
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 FILE_WEIGHTS = "of the file"
@@ -110,8 +111,8 @@ def check_file(name: str) -> Path:
     return path
 
 
-def open_session(path: Path, model: bytes | None = None) -> Any:
-    """ONNX Runtime's session for a file, or for its changed contents.
+def open_session(path: Path, model: bytes | None = None, threads: int = 0) -> Any:
+    """ONNX Runtime's session for a file, or for its changed contents; so many threads, 0 is one for each core.
 
     Raises
     ------
@@ -121,6 +122,7 @@ def open_session(path: Path, model: bytes | None = None) -> Any:
     runtime = import_runtime()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return runtime.InferenceSession(model or str(path), options, providers=["CPUExecutionProvider"])
@@ -271,15 +273,25 @@ class OnnxNetwork(OutputsByName):
     def __init__(self, path: Path, layout: str, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.path, self.layout, self.names = path, layout, tuple(names)
-        self.session = self._open()
+        self._opening = threading.Lock()
+        self._sessions: dict[int, Any] = {}
         self.given = find_input(self.session, path)
 
-    def _open(self) -> Any:
-        session = open_session(self.path)
+    @property
+    def session(self) -> Any:
+        """ONNX Runtime's session, with as many threads as torch would use here."""
+        threads = torch.get_num_threads()
+        with self._opening:
+            if threads not in self._sessions:
+                self._sessions[threads] = self._open(threads)
+            return self._sessions[threads]
+
+    def _open(self, threads: int) -> Any:
+        session = open_session(self.path, threads=threads)
         outputs = [output.name for output in session.get_outputs()]
         if set(self.names) <= set(outputs):
             return session
-        return open_session(self.path, expose_tensors(self.path, self.names))
+        return open_session(self.path, expose_tensors(self.path, self.names), threads)
 
     def list_outputs(self) -> list[str]:
         """Names of all tensors that the network computes, its outputs last."""

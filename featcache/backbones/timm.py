@@ -19,7 +19,7 @@ from featcache.errors import BackboneError, WeightsUnavailableError
 from featcache.extras import import_extra
 from featcache.fetching import check_reachable
 from featcache.files import hash_file
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 PUBLISHED_LICENCES = {None: "not stated", "unknown": "not stated"}

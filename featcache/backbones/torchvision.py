@@ -22,7 +22,7 @@ from featcache.backbones.weights import find_downloads
 from featcache.backbones.weights import read_weights as read_file
 from featcache.errors import DownloadError, OutputError, WeightsError, WeightsUnavailableError
 from featcache.fetching import fetch_file
-from featcache.images import InputFormat
+from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
 CLASSIFICATION, SEGMENTATION, DETECTION, VIDEO = models, models.segmentation, models.detection, models.video

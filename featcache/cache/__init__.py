@@ -49,10 +49,10 @@ from featcache.cache.key import (
     compare_fields,
     describe_differences,
     hash_extractor,
-    key_parts,
     list_differences,
     name_network,
     shorten,
+    spell_out,
 )
 from featcache.cache.lock import hold_output
 from featcache.cache.parts import (
@@ -108,7 +108,6 @@ __all__ = [
     "hold_output",
     "is_feature_cache",
     "keep_files",
-    "key_parts",
     "list_differences",
     "list_items",
     "list_near",
@@ -126,6 +125,7 @@ __all__ = [
     "remove_parts",
     "remove_temporary",
     "shorten",
+    "spell_out",
     "stored_precision",
     "verify_cache",
     "write_cache",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from featcache.files import canonical_json, hash_bytes
+from featcache.preprocessing import USUAL
 
 # Raised when the same description would no longer give the same features. (The file's own number is the schema's.)
 KEY_SCHEMA = 1
@@ -95,9 +96,24 @@ def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ]
 
 
+def spell_out(extractor: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the features, for people: the usual decoder is named, and the ranges of int8 are their digest.
+
+    >>> spell_out({"preprocessing": {"crop": 224}})["preprocessing"]["decoder"]
+    'pillow'
+    """
+    parts = key_parts(extractor)
+    preprocessing, precision = parts.get("preprocessing"), parts.get("precision")
+    if isinstance(preprocessing, Mapping):
+        parts["preprocessing"] = {**preprocessing, "decoder": preprocessing.get("decoder", USUAL["decoder"])}
+    if isinstance(precision, Mapping) and "ranges" in precision:
+        parts["precision"] = {**precision, "ranges": hash_bytes(canonical_json(precision["ranges"]).encode())}
+    return parts
+
+
 def describe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two extractors, in a line; the layers' list is left out, which `layer` says in words."""
-    one, other = ({name: value for name, value in key_parts(e).items() if name != "layers"} for e in (old, new))
+    one, other = ({name: value for name, value in spell_out(e).items() if name != "layers"} for e in (old, new))
     if one["weights"] != other["weights"]:
         one["weights"], other["weights"] = name_weights(old), name_weights(new)
     return "; ".join(list_differences(one, other)) or "another version of featcache"

@@ -11,7 +11,18 @@ from typing import Any, TypeVar
 import click
 from tqdm import tqdm
 
-from featcache.config import CHANNELS, DEVICES, INTERPOLATIONS, LAYOUTS, POOLS, RUNTIMES, STORES, ExtractConfig
+from featcache.config import (
+    CHANNELS,
+    DECODERS,
+    DEVICES,
+    INTERPOLATIONS,
+    LAYOUTS,
+    POOLS,
+    PRECISIONS,
+    RUNTIMES,
+    STORES,
+    ExtractConfig,
+)
 from featcache.errors import BadImage, make_printable
 from featcache.progress import Progress
 
@@ -170,7 +181,11 @@ extract_options = combine(
            help="Images per forward pass.  [default: 4 on a CPU, 64 on a GPU]"),
     machine_options,
     option("--runtime", type=click.Choice(RUNTIMES), default=ExtractConfig.runtime,
-           help="eager is the bit-exact reference, fused is faster on a CPU."),
+           help="eager is the bit-exact reference; the others are faster."),
+    option("--precision", type=click.Choice(list(PRECISIONS)), default=None,
+           help="In which the network computes; int8 is fast and coarse.  [default: fp16 on CUDA, else fp32]"),
+    option("--decoder", type=click.Choice(DECODERS), default=None,
+           help="What resizes; torch is faster, a grey level off.  [default: pillow for eager, else torch]"),
     split_options(),
     store_option(),
     skip_bad_option,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache import Field, compare_fields, key_parts
+from featcache.cache import Field, compare_fields, spell_out
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
@@ -46,7 +46,7 @@ def explain_cache(
         return Explanation(plan=plan, fields=[], images={})
     return Explanation(
         plan=plan,
-        fields=compare_fields(key_parts(plan.old.extractor), key_parts(plan.extractor)),
+        fields=compare_fields(spell_out(plan.old.extractor), spell_out(plan.extractor)),
         images=compare_images(plan.old.listing, plan.listing),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +41,10 @@ from featcache.dataset import (
     list_changed,
 )
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
-from featcache.images import ImageRows, make_evaluation_transform
+from featcache.images import ImageRows, make_pixel_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
-from featcache.runtime import Outputs, choose_runtime, run_network
+from featcache.runtime import Execution, Outputs, choose_runtime, prepare_execution
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
@@ -153,7 +153,7 @@ def _find_finished(
 
 def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: float, memory: PeakMemory) -> Extraction:
     """Compute what is missing and put everything into the file."""
-    _say_plan(plan, choose_runtime(config.runtime, plan.device), progress)
+    _say_plan(plan, foresee_runtime(plan, config), progress)
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
         return _finish(plan, 0, (), started)
@@ -171,7 +171,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
         listing = plan.listing.without(bad)
         if computed.rows or damaged or not _is_up_to_date(plan, listing, config):
             table = _make_table(plan, sources, [*plan.parts, *computed.parts])
-            provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, bool(missing))
+            provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, computed)
             write_cache(plan.output, _gather(plan, listing, table, provenance))
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} files stay in {parts_path(plan.output)}: of another extractor, or not featcache's")
@@ -190,11 +190,12 @@ def find_missing(listing: Listing, table: RowTable) -> list[str]:
 
 
 class Computed(NamedTuple):
-    """What came of computing: files that could not be used (with their copies), parts written, rows in them."""
+    """What came of computing: files that could not be used (with their copies), parts written, rows in them, how."""
 
     bad: list[BadImage]
     parts: list[Part]
     rows: int
+    runtime: str = ""
 
 
 def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress) -> Computed:
@@ -212,8 +213,11 @@ def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, prog
     digest_of = {paths[0]: digest for digest, paths in paths_by_digest.items()}
     bad: list[BadImage] = []
     writer = PartWriter(parts_path(plan.output), plan.key, config.store)
+    execution = prepare_backbone(plan, digests, config)
+    if execution.remark:
+        progress.say(f"{execution.remark}: {execution.runtime} takes its place")
     try:
-        for output in progress.track(run_backbone(plan, digests, config), total=len(digests), what="extracting"):
+        for output in progress.track(execution.run(), total=len(digests), what="extracting"):
             finite, failed = find_unusable(output, [paths_by_digest[digests[row]][0] for row in output.rows], config)
             writer.add([digests[row] for row in output.rows[finite].tolist()], output.values[finite])
             bad += [BadImage(copy, reason) for path, reason in failed for copy in paths_by_digest[digest_of[path]]]
@@ -223,7 +227,7 @@ def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, prog
         raise
     finally:
         writer.flush()
-    return Computed(bad, writer.parts, sum(map(len, writer.parts)))
+    return Computed(bad, writer.parts, sum(map(len, writer.parts)), execution.runtime)
 
 
 def find_unusable(
@@ -240,8 +244,22 @@ def find_unusable(
     return usable, failed
 
 
-def run_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> Iterator[Outputs]:
-    """What the plan's backbone makes of the images with these digests, in their order."""
+def foresee_runtime(plan: Plan, config: ExtractConfig) -> str:
+    """The runtime for all that is missing."""
+    return choose_runtime(
+        config.runtime,
+        plan.device,
+        n_images=len(plan.missing),
+        network=plan.backbone.network,
+        compute=plan.backbone.precision["compute"],
+    )
+
+
+def prepare_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> Execution:
+    """The plan's backbone, ready to run over the images with these digests, in their order.
+
+    The runtime is the one for all that is missing, however many of them these are.
+    """
     path_of: dict[str, str] = {}
     for split in plan.listing.splits.values():
         for path, digest in zip(split.paths, split.digests, strict=True):
@@ -249,14 +267,16 @@ def run_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> I
     source = ImageRows(
         plan.listing.root,
         [path_of[digest] for digest in digests],
-        transform=make_evaluation_transform(plan.backbone.preprocessing),
+        transform=make_pixel_transform(plan.backbone.preprocessing),
         digests=digests,
     )
-    return run_network(
+    return prepare_execution(
         plan.backbone.network,
         source,
         device=plan.device,
         runtime=config.runtime,
+        precision=plan.backbone.precision,
+        n_images=len(plan.missing),
         batch_size=config.batch_size,
         workers=config.workers,
     )
@@ -280,7 +300,7 @@ def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str,
 
 
 def _describe_origin(
-    plan: Plan, listing: Listing, config: ExtractConfig, memory: PeakMemory, seconds: float, computing: bool
+    plan: Plan, listing: Listing, config: ExtractConfig, memory: PeakMemory, seconds: float, computed: Computed
 ) -> dict[str, Any]:
     """The provenance of the new file: what all of its rows cost, whenever they were computed."""
     earlier = [open_cache(path).provenance for path in plan.sources]
@@ -289,14 +309,14 @@ def _describe_origin(
         "settings": config.result_settings(),
         "seconds": sum(part.seconds for part in plan.parts)
         + sum(float(origin["seconds"]) for origin in earlier)
-        + (seconds if computing else 0.0),
+        + (seconds if computed.runtime else 0.0),
         "peak_memory_bytes": memory.read(),
         "device": str(plan.device),
-        "runtime": choose_runtime(config.runtime, plan.device),
+        "runtime": computed.runtime,
         "environment": describe_environment(),
         "bad": [list(item) for item in listing.bad],
     }
-    if earlier and not computing:  # how it was once computed is what counts
+    if earlier and not computed.runtime:  # how it was once computed is what counts
         provenance |= {name: earlier[0][name] for name in COMPUTED_WITH}
     return provenance
 
@@ -354,7 +374,8 @@ def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:
     }[plan.decision]
     kept = sum(map(len, plan.parts))
     going_on = f", {kept} rows of an earlier try" if kept else ""
+    where = f", {plan.device} ({runtime})" if plan.missing else ""
     progress.say(
-        f"{plan.backbone.name}, weights {plan.backbone.weights['name']}, {plan.backbone.width} features, {plan.device} "
-        f"({runtime}); {verb}{going_on}, {len(plan.missing)} images to compute"
+        f"{plan.backbone.name}, weights {plan.backbone.weights['name']}, {plan.backbone.width} features{where}; "
+        f"{verb}{going_on}, {len(plan.missing)} images to compute"
     )

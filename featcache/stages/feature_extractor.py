@@ -10,7 +10,7 @@ import contextlib
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from sklearn.utils import Tags
 
 from featcache import files
 from featcache.backbones import Backbone, check_unchanged
+from featcache.cache import open_cache
 from featcache.config import ExtractConfig
 from featcache.errors import SettingsError
-from featcache.images import InputFormat, freeze_list
 from featcache.pictures import list_pictures
+from featcache.preprocessing import InputFormat, freeze_list
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
-from featcache.stages.plan import provide_backbone, take_backbone
+from featcache.stages.plan import find_example, provide_backbone, settle_execution, take_backbone
 from featcache.stages.provide_features import TURN, Task, provide_features
 
 REMEMBERED = 2  # networks that stay loaded in this process: every fold of a search is a fresh clone of the transformer
@@ -43,7 +44,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         Name of a pretrained network, or a `Backbone`, see `wrap_network`.
     weights, seed, layer, pool, input_size, resize, interpolation, channels, mean, std, scale, layout
         As in `featcache.config.ExtractConfig`; one text is one layer, one number a square or every channel.
-    store, device, runtime, batch_size, workers
+    store, device, runtime, precision, decoder, batch_size, workers
         As in `featcache.config.ExtractConfig`.
     cache
         Where rows are kept, such as "features.h5": in parts beside it, which any number of processes share and from
@@ -92,6 +93,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         store: str = ExtractConfig.store,
         device: str = ExtractConfig.device,
         runtime: str = ExtractConfig.runtime,
+        precision: str | None = None,
+        decoder: str | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
         cache: Path | str | None = None,
@@ -113,6 +116,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         self.store = store
         self.device = device
         self.runtime = runtime
+        self.precision = precision
+        self.decoder = decoder
         self.batch_size = batch_size
         self.workers = workers
         self.cache = cache
@@ -194,9 +199,19 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         """The settings, checked, and the backbone."""
         config, given = read_settings(self.get_params(deep=False))
         if given is None:
-            return config, provide_loaded(config, self.progress or SILENT)
-        check_unchanged(given)
-        return config, given
+            backbone = provide_loaded(config, self.progress or SILENT)
+        else:
+            check_unchanged(given)
+            backbone = given
+        return config, settle_execution(
+            backbone, config, select_device(config.device, backbone.network), self._find_example()
+        )
+
+    def _find_example(self) -> Mapping[str, Any] | None:
+        """The extractor of the cache file, if there is one."""
+        if self.cache is None or not Path(self.cache).is_file():
+            return None
+        return find_example(open_cache(files.follow_link(Path(self.cache))), ExtractConfig())
 
     def __sklearn_clone__(self) -> FeatureExtractor:
         """A clone that uses the same network, which is frozen, and tells the same listener, instead of copies."""

@@ -22,7 +22,6 @@ from featcache.dataset import Listing, Split, check_root, describe_data, list_da
 from featcache.errors import BadImage, BadImagesError, DatasetError
 from featcache.images import (
     ImageRows,
-    InputFormat,
     Transform,
     make_checking_loader,
     make_evaluation_transform,
@@ -31,6 +30,7 @@ from featcache.images import (
 )
 from featcache.metrics import to_probabilities
 from featcache.plots import draw_curves, save_figure
+from featcache.preprocessing import InputFormat
 from featcache.progress import SILENT, Progress
 from featcache.runs import (
     PeakMemory,

@@ -18,7 +18,7 @@ from featcache.cache import (
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
-from featcache.stages.extract import run_backbone
+from featcache.stages.extract import prepare_backbone
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 PROBE_FEW, PROBE_IMAGES = 8, 48
@@ -79,6 +79,6 @@ def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
 
 def _time_run(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> float:
     started = time.perf_counter()
-    for _ in run_backbone(plan, digests, config):
+    for _ in prepare_backbone(plan, digests, config).run():
         pass
     return time.perf_counter() - started

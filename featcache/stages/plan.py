@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from featcache.cache import (
     verify_cache,
 )
 from featcache.clips import check_video_support
-from featcache.config import ExtractConfig, is_imported
+from featcache.config import EXECUTION, PRECISIONS, ExtractConfig, is_imported
 from featcache.dataset import (
     Digests,
     KnownFiles,
@@ -40,9 +40,12 @@ from featcache.dataset import (
     summarise,
 )
 from featcache.errors import SettingsError, StaleCacheError
-from featcache.images import InputFormat
+from featcache.images import ImageRows, make_pixel_transform
+from featcache.preprocessing import TORCH_INTERPOLATIONS, InputFormat, Preprocessing
 from featcache.progress import SILENT, Progress
-from featcache.runtime import select_device
+from featcache.runtime import choose_runtime, find_ranges, select_device
+
+CALIBRATION_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,7 @@ def plan_extraction(
     select_device(config.device)
     backbone = given or provide_backbone(config, progress)
     device = select_device(config.device, backbone.network)
+    backbone = settle_execution(backbone, config, device, find_example(old, config))
     extractor = backbone.describe(config.store)
     if old and not explain and not config.force:
         check_same_extractor(old, output, extractor)
@@ -148,6 +152,9 @@ def plan_extraction(
         if not can_serve(cache.extractor, extractor):
             raise StaleCacheError(f"{path} cannot be reused: {describe_differences(cache.extractor, extractor)}")
     listing = _list_images(data, output, old, config, progress, keep, backbone.preprocessing.frames > 0)
+    if backbone.precision == {"compute": "int8"}:
+        backbone = calibrate(backbone, listing, config, progress)
+        extractor = backbone.describe(config.store)
     same = old is not None and old.key == hash_extractor(extractor)
     usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
     sources = {**({output: old} if old and usable else {}), **others}
@@ -175,6 +182,72 @@ def provide_backbone(config: ExtractConfig, progress: Progress) -> Backbone:
     return load_backbone(config.backbone, images=images, progress=progress, **config.network_settings())
 
 
+def settle_execution(
+    backbone: Backbone, config: ExtractConfig, device: torch.device, example: Mapping[str, Any] | None
+) -> Backbone:
+    """The backbone with its decoder and its precision: those that are stated, else those of a cache, else the usual.
+
+    Parameters
+    ----------
+    backbone, config, device
+        What computes, how and where.
+    example
+        The extractor of a cache whose rows are wanted.
+
+    Raises
+    ------
+    SettingsError
+        If the decoder cannot resize as this backbone wants it.
+    """
+    images = backbone.preprocessing
+    made_with = Preprocessing.from_json(example["preprocessing"]).decoder if example else None
+    usual = "pillow" if config.runtime == "eager" or images.interpolation not in TORCH_INTERPOLATIONS else "torch"
+    decoder = config.decoder or made_with or usual
+    if decoder == "torch" and images.interpolation not in TORCH_INTERPOLATIONS:
+        raise SettingsError(
+            f"--decoder torch resizes {' or '.join(TORCH_INTERPOLATIONS)}, and {backbone.name} wants "
+            f"{images.interpolation}; use --decoder pillow"
+        )
+    precision = {"compute": "float16" if device.type == "cuda" else "float32"}
+    if example:
+        precision = {name: value for name, value in example["precision"].items() if name != "stored"}
+    if config.precision and PRECISIONS[config.precision] != precision["compute"]:
+        precision = {"compute": PRECISIONS[config.precision]}
+    choose_runtime(config.runtime, device, network=backbone.network, compute=precision["compute"])  # is there such?
+    return replace(backbone, preprocessing=replace(images, decoder=decoder), precision=precision)
+
+
+def calibrate(backbone: Backbone, listing: Listing, config: ExtractConfig, progress: Progress) -> Backbone:
+    """The backbone with the ranges of its activations on a few images: those with the smallest digests.
+
+    Raises
+    ------
+    DeviceError
+        If it cannot be quantised.
+    """
+    paths = {digest: path for path, digest in zip(*_list_first_split(listing), strict=True)}
+    digests = sorted(paths)[:CALIBRATION_IMAGES]
+    transform = make_pixel_transform(backbone.preprocessing)
+    rows = ImageRows(listing.root, [paths[digest] for digest in digests], transform=transform, digests=digests)
+    ranges = find_ranges(backbone.network, rows, batch_size=config.batch_size)
+    progress.say(f"int8: activations rounded within what {len(digests)} images show; expect less accuracy than of fp32")
+    return replace(backbone, precision={"compute": "int8", "ranges": ranges})
+
+
+def _list_first_split(listing: Listing) -> tuple[Sequence[str], Sequence[str]]:
+    """Paths and digests of the training images."""
+    split = next(iter(listing.splits.values()))
+    return split.paths, split.digests
+
+
+def find_example(old: FeatureCache | None, config: ExtractConfig) -> Mapping[str, Any] | None:
+    """The extractor of the cache whose rows are wanted, if there is one."""
+    if old and not config.force and not is_imported(old.extractor["backbone"]):
+        return old.extractor
+    caches = (open_cache(path).extractor for path in config.reuse)
+    return next((extractor for extractor in caches if not is_imported(extractor["backbone"])), None)
+
+
 def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone | None]:
     """Settings whose `backbone` is a name, and the backbone itself if that was given in place of one.
 
@@ -187,7 +260,7 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
     if not isinstance(given, Backbone):
         return dict(settings), None
     check_unchanged(given)
-    making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings]
+    making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings and name not in EXECUTION]
     if making:
         raise SettingsError(
             f"{making[0]} is stated and so is a backbone that is made already; state it in wrap_network"

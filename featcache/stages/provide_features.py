@@ -43,7 +43,7 @@ from featcache.cache import (
 from featcache.config import ExtractConfig
 from featcache.dataset import Digests, KnownFiles
 from featcache.errors import BadImage, BadImagesError, CacheError
-from featcache.images import make_evaluation_transform
+from featcache.images import make_pixel_transform
 from featcache.pictures import Hashed, Picture, PictureRows, hash_pictures, name_picture
 from featcache.progress import Progress
 from featcache.runtime import run_network
@@ -229,12 +229,13 @@ def compute_rows(
         return {}
     first = {digest: row for row, digest in reversed(list(enumerate(hashed.digests)))}
     pictures = [task.pictures[first[digest]] for digest in missing]
-    rows = PictureRows(pictures, missing, transform=make_evaluation_transform(task.backbone.preprocessing))
+    rows = PictureRows(pictures, missing, transform=make_pixel_transform(task.backbone.preprocessing))
     outputs = run_network(
         task.backbone.network,
         rows,
         device=task.device,
         runtime=task.config.runtime,
+        precision=task.backbone.precision,
         batch_size=task.config.batch_size,
         workers=task.config.workers,
     )

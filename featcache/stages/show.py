@@ -15,13 +15,13 @@ from featcache.errors import BadImagesError, RunError
 from featcache.images import (
     Batch,
     ImageRows,
-    Preprocessing,
     Transform,
     denormalise,
     make_evaluation_transform,
     make_training_transform,
 )
 from featcache.plots import draw_grid, save_figure
+from featcache.preprocessing import Preprocessing
 from featcache.runs import is_run, read_predictions, read_record
 
 # For a look at images whose features are imported: how their network wants them is not known.

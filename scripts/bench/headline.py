@@ -70,8 +70,8 @@ def train_on_features(cache: featcache.FeatureCache, config: FinetuneConfig) -> 
 def train_usual_loop(listing: Listing, backbone_name: str, weights: str, epochs: int) -> Callable[[], object]:
     """The frozen network's loop as PyTorch's tutorial writes it: ImageFolder, 4 workers, train() mode and all."""
     backbone = load_backbone(backbone_name, weights=weights)
-    head = nn.Linear(backbone.width, len(listing.classes))
-    network = attach_classifier(backbone, head)
+    network, layer = attach_classifier(backbone, len(listing.classes))
+    head = network.get_submodule(layer)
     spec = backbone.preprocessing
     normalise = [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     pipelines = {
