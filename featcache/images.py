@@ -24,12 +24,14 @@ from torchvision.transforms import functional
 
 from featcache.clips import decode_clip
 from featcache.dataset import hash_clip
-from featcache.decoding import decode_safely
+from featcache.decoding import decode_array, decode_safely
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
 from featcache.preprocessing import Preprocessing
 
-PictureTransform: TypeAlias = Callable[[Image.Image], Tensor]
+Decoded: TypeAlias = Image.Image | NDArray[np.uint8]  # RGB, as an image or as pixels (H, W, 3)
+Decode: TypeAlias = Callable[[bytes], Decoded]
+PictureTransform: TypeAlias = Callable[[Any], Tensor]  # of what its `decode` gives, an image if it has none
 CHANGED = "changed while it was being worked on; run the same command again"
 
 
@@ -97,7 +99,7 @@ Transform: TypeAlias = PictureTransform | ClipTransform
 
 
 class PixelTransform:
-    """Resize and crop the middle: RGB image -> (channels, H, W) uint8, the same every time.
+    """Resize and crop the middle: RGB image, or its pixels (H, W, 3) -> (channels, H, W) uint8, the same every time.
 
     The pixels lie in memory row after row, channel beside channel (channels last), as decoders make them and as the
     fast runtimes want them. With the decoder "torch" they differ from Pillow's by one grey level at most: both filter
@@ -106,15 +108,21 @@ class PixelTransform:
     Of a clip every frame is treated so. Torchvision's own preset of its video networks resizes tensors without
     antialiasing; here it is antialiased, as for pictures. On frames that are much larger than what the network sees
     this is smoother.
+
+    Attributes
+    ----------
+    decode
+        What makes of a file's bytes what this takes.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
+        self.decode: Decode = decode_array if preprocessing.decoder == "torch" else decode_safely
         self._mode = transforms.InterpolationMode(preprocessing.interpolation)
         self._size = list(preprocessing.resize) if isinstance(preprocessing.resize, tuple) else [preprocessing.resize]
         self._resize_and_crop = self._with_torch if preprocessing.decoder == "torch" else self._with_pillow
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Decoded) -> Tensor:
         """Pixels of one image."""
         pixels = self._resize_and_crop(image)  # (H, W, 3)
         channels = self.preprocessing.channels
@@ -124,14 +132,14 @@ class PixelTransform:
             pixels = np.array(Image.fromarray(pixels).convert("L"))[:, :, None]
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
-    def _with_pillow(self, image: Image.Image) -> NDArray[np.uint8]:
+    def _with_pillow(self, image: Decoded) -> NDArray[np.uint8]:
         image = functional.resize(image, self._size, interpolation=self._mode)
         return np.array(functional.center_crop(image, list(self.preprocessing.size)))
 
-    def _with_torch(self, image: Image.Image) -> NDArray[np.uint8]:
+    def _with_torch(self, image: Decoded) -> NDArray[np.uint8]:
         from torchvision.transforms.v2.functional import center_crop_image, resize_image
 
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image)).permute(2, 0, 1)
         pixels = resize_image(pixels, self._size, interpolation=self._mode, antialias=True)
         pixels = center_crop_image(pixels, list(self.preprocessing.size))
         return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
@@ -259,7 +267,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         return Normalise(picture.preprocessing) if isinstance(picture, PixelTransform) else nn.Identity()
 
     def decode(self, row: int) -> Any:
-        """RGB image of a row, or RGB images of a clip's frames.
+        """RGB image of a row, or its pixels where the transform wants those, or RGB images of a clip's frames.
 
         Raises
         ------
@@ -268,7 +276,12 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         """
         if isinstance(self.transform, ClipTransform):
             return self._load_clip(row, self.transform.frames)
-        return load_image(self.root / self.paths[row], None if self.digests is None else self.digests[row])
+        return self.load(self.root / self.paths[row], None if self.digests is None else self.digests[row])
+
+    def load(self, path: Path, digest: str | None) -> Decoded:
+        """What the transform wants of an image file."""
+        decode: Decode = getattr(self.transform, "decode", decode_safely)
+        return decode(read_image(path, digest))
 
     def _load_clip(self, row: int, frames: int) -> list[Image.Image]:
         path = self.root / self.paths[row]
@@ -301,8 +314,8 @@ def stack_images(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(images))
 
 
-def load_image(path: Path, digest: str | None = None) -> Image.Image:
-    """RGB image of a file, whose bytes must have this digest if one is given.
+def read_image(path: Path, digest: str | None = None) -> bytes:
+    """The bytes of an image file, which must have this digest if one is given.
 
     Raises
     ------
@@ -315,7 +328,7 @@ def load_image(path: Path, digest: str | None = None) -> Image.Image:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if digest is not None and hash_bytes(data) != digest:
         raise ImageError(CHANGED)
-    return decode_safely(data)
+    return data
 
 
 def make_loader(

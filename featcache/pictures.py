@@ -18,7 +18,7 @@ from PIL import Image
 from featcache.dataset import STATS, Digests, KnownFiles, Stats, hash_files
 from featcache.decoding import convert_image
 from featcache.errors import ImageError, InputError
-from featcache.images import ImageRows, Transform, load_image
+from featcache.images import Decoded, ImageRows, Transform
 from featcache.progress import SILENT, Progress
 
 Picture: TypeAlias = str | Image.Image | NDArray[np.uint8]  # a path, an image, pixels (H, W[, channels])
@@ -189,7 +189,7 @@ class PictureRows(ImageRows):
         super().__init__(Path(), digests, transform=transform)
         self.pictures = pictures
 
-    def decode(self, row: int) -> Image.Image:
-        """RGB image of a row."""
+    def decode(self, row: int) -> Decoded:
+        """RGB image of a row, or its pixels where the transform wants those."""
         picture = self.pictures[row]
-        return load_image(Path(picture), self.paths[row]) if isinstance(picture, str) else make_rgb(picture)
+        return self.load(Path(picture), self.paths[row]) if isinstance(picture, str) else make_rgb(picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -10,15 +11,19 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TinyFamily, draw_photo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 import featcache
 from featcache import decoding
-from featcache.decoding import decode_apart, decode_image, decode_safely
+from featcache.decoding import decode_apart, decode_array, decode_image, decode_safely
 from featcache.errors import BadImagesError, ImageError
 
 pytestmark = pytest.mark.skipif(not decoding.CAN_DECODE_APART, reason="decodes in this process here")
@@ -110,7 +115,78 @@ def test_an_ordinary_jpeg_needs_no_helper_and_one_of_many_scans_does(stub: None)
     plain = encode(PHOTO, "JPEG")
     assert decode_safely(plain + b"CRASH").size == PHOTO.size
     with pytest.raises(ImageError, match="crashed"):
-        decode_safely(plain + b"\xff\xda" * 100 + b"CRASH")
+        decode_safely(plain + b"\xff\xda\x00" * 100 + b"CRASH")
+    with pytest.raises(ImageError, match="crashed"):
+        decode_array(plain + b"\xff\xda\x00" * 100 + b"CRASH")
+
+
+def encode_jpeg(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def turn(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[decoding.ORIENTATION_TAG] = orientation
+    return exif
+
+
+KINDS = {
+    "usual": encode_jpeg(PHOTO),
+    "progressive": encode_jpeg(PHOTO, progressive=True),
+    "full colour": encode_jpeg(PHOTO, subsampling=0),
+    "half colour": encode_jpeg(PHOTO, subsampling=1),
+    "coarse": encode_jpeg(PHOTO, quality=5),
+    "stored as RGB": encode_jpeg(PHOTO, keep_rgb=True),
+    "grey": encode_jpeg(PHOTO.convert("L")),
+    "CMYK": encode_jpeg(PHOTO.convert("CMYK")),
+    "one pixel": encode_jpeg(PHOTO.crop((0, 0, 1, 1))),
+    "odd sides": encode_jpeg(PHOTO.crop((0, 0, 47, 33))),
+    "PNG": encode(PHOTO, "PNG"),
+    **{f"turned {i}": encode_jpeg(PHOTO, exif=turn(i)) for i in (0, 1, 3, 6, 7, 8, 9)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_array_holds_the_pixels_of_the_image_bit_for_bit(kind: str) -> None:
+    pixels = decode_array(KINDS[kind])
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.array(decode_safely(KINDS[kind])))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from([kind for kind in KINDS if kind != "PNG"]),
+    at=st.floats(0, 1),
+    change=st.sampled_from(["cut", "flip", "drop", "zero", "double"]),
+    value=st.integers(0, 255),
+    length=st.integers(1, 200),
+)
+def test_a_damaged_jpeg_is_judged_and_decoded_alike(kind: str, at: float, change: str, value: int, length: int) -> None:
+    data = KINDS[kind]
+    i = int(at * (len(data) - 1))
+    new = {"cut": b"", "flip": bytes([value]) + data[i + 1 :], "drop": data[i + length :]}
+    new |= {"zero": bytes(length) + data[i + length :], "double": data[max(i - length, 0) :]}
+    damaged = data[:i] + new[change]
+    try:
+        expected: NDArray[np.uint8] | None = np.array(decode_safely(damaged))
+    except ImageError as error:
+        expected, reason = None, str(error)
+    if expected is not None:
+        assert np.array_equal(decode_array(damaged), expected)
+        return
+    with pytest.raises(ImageError) as caught:
+        decode_array(damaged)
+    assert str(caught.value) == reason
+
+
+def test_a_decoder_says_nothing_that_names_no_file(capfd: pytest.CaptureFixture[str]) -> None:
+    data = KINDS["usual"]
+    for i in range(2, len(data), 7):
+        with contextlib.suppress(ImageError):
+            decode_array(data[:i] + b"\x00\x00\x00" + data[i + 3 :])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_threads_have_helpers_of_their_own() -> None:

@@ -48,6 +48,7 @@ OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
     "PIL": {"clips", "decoding", "images", "pictures"},
+    "simplejpeg": {"decoding"},
     "av": {"clips"},
     "torchvision": {"backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
