@@ -55,10 +55,12 @@ ORIENTATIONS = {  # what undoes each, as in PIL.ImageOps.exif_transpose, which f
 }
 RULES = "pillow; exif applied; alpha on white; 16-bit / 257; first frame"
 
+JPEG = b"\xff\xd8\xff"
 DECODE_SECONDS = 60.0  # for one file; the largest that is allowed takes about five
 MAX_SCANS = 32  # of a JPEG; a progressive one has ten, one made to keep decoders busy has thousands
 TRIES = 2  # of a file whose helper died: the machine may have been short of memory
 HELPER_BYTES = 8 << 30  # of address space that a helper may take
+LARGE_BYTES = 64 << 20  # of pixels: a helper that had so many is not kept, nor its memory
 PROGRAM = "from featcache.decoding import serve; serve()"
 # Freed memory is kept, see `runtime.keep_freed_memory`: every picture needs the same again.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "OMP_NUM_THREADS": "1"}
@@ -66,7 +68,8 @@ CAN_DECODE_APART = os.name == "posix"
 _REQUEST = struct.Struct("<Q")  # bytes of the file, which lie in the shared memory
 _ANSWER = struct.Struct("<cIIQ")  # b"I" for an image or b"E" for a reason, width, height, bytes in the shared memory
 
-Pixels: TypeAlias = tuple[int, int, bytes]  # width, height, RGB row after row; of several pictures one after the other
+# Width, height, RGB row after row; of several pictures one after the other.
+Pixels: TypeAlias = tuple[int, int, bytes | bytearray]
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -143,12 +146,15 @@ def decode_array(data: bytes) -> NDArray[np.uint8]:
         with contextlib.suppress(ValueError):
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=True)
             return pixels
-    return np.array(decode_safely(data))
+    if data.startswith(JPEG) or not CAN_DECODE_APART:
+        return np.array(decode_safely(data))
+    width, height, rows = ask_apart(data, PROGRAM, DECODE_SECONDS)
+    return np.frombuffer(rows, dtype=np.uint8).reshape(height, width, 3)
 
 
 def _is_bounded_jpeg(data: bytes) -> bool:
     """Whether this is a JPEG of few scans. Each starts with FF DA and its length, whose first byte is always 0."""
-    return data.startswith(b"\xff\xd8\xff") and data.count(b"\xff\xda\x00") <= MAX_SCANS
+    return data.startswith(JPEG) and data.count(b"\xff\xda\x00") <= MAX_SCANS
 
 
 def _is_upright_rgb(data: bytes) -> bool:
@@ -201,7 +207,10 @@ def ask_apart(request: bytes, program: str, seconds: float) -> Pixels:
             helper.close()
             raise
         else:
-            _idle.append(helper)
+            if len(pixels[2]) > LARGE_BYTES:
+                helper.close()
+            else:
+                _idle.append(helper)
             return pixels
     raise AssertionError
 
@@ -291,15 +300,16 @@ class SharedMemory:
         self.descriptor = descriptor
         self._map: mmap.mmap | None = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Put `data` at the start."""
         if os.fstat(self.descriptor).st_size < len(data):
             os.ftruncate(self.descriptor, len(data))
         self._see(len(data))[: len(data)] = data
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int) -> bytearray:
         """The first `size` bytes."""
-        return self._see(size)[:size]
+        with memoryview(self._see(size)) as everything, everything[:size] as wanted:
+            return bytearray(wanted)
 
     def close(self) -> None:
         """Give it back."""
@@ -370,12 +380,12 @@ def serve(decode: Callable[[bytes], Pixels] = decode_pixels) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory = SharedMemory(int(sys.argv[1]))
     while len(header := requests.read(_REQUEST.size)) == _REQUEST.size:
-        kind, width, height, answer = _answer(decode, memory.read(*_REQUEST.unpack(header)))
+        kind, width, height, answer = _answer(decode, bytes(memory.read(*_REQUEST.unpack(header))))
         memory.write(answer)
         answers.write(_ANSWER.pack(kind, width, height, len(answer)))
 
 
-def _answer(decode: Callable[[bytes], Pixels], request: bytes) -> tuple[bytes, int, int, bytes]:
+def _answer(decode: Callable[[bytes], Pixels], request: bytes) -> tuple[bytes, int, int, bytes | bytearray]:
     try:
         return b"I", *decode(request)
     except ImageError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from featcache.errors import WeightsUnavailableError
 from featcache.preprocessing import InputFormat
 from featcache.progress import Progress
 
+COUNTER = count()
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}
 
 
@@ -109,6 +111,15 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, TinyFamily()))
     TinyFamily.calls = 0
     return TinyFamily
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test remembers what another one did, or its user."""
+    from featcache import recall
+
+    path = tmp_path_factory.getbasetemp() / "memory" / f"{next(COUNTER)}.json"
+    monkeypatch.setattr(recall, "memory_path", lambda: path)
 
 
 @pytest.fixture

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 from conftest import COLOURS, Outcome, TinyFamily, draw_photo
 
-from featcache.cli import COMMANDS
+from featcache.cli import COMMANDS, common
 
 Cli = Callable[..., Outcome]
 TINY = ("--backbone", "tiny", "--weights", "none")
@@ -263,3 +268,52 @@ def test_the_shell_completes_commands_and_backbones(words: str, n: int, expected
     environment = {"_FEATCACHE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(n)}
     result = subprocess.run([program], env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert expected in result.stdout
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, or that it is none."""
+
+    def __init__(self, live: bool) -> None:
+        super().__init__()
+        self.live = live
+
+    def isatty(self) -> bool:
+        return self.live
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Some of what is counted, some of it bad."""
+
+    items: list[int]
+    bad: list[str]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def test_a_log_has_counts_rate_and_what_is_left_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = count(0, 45), Terminal(live=False)
+    monkeypatch.setattr(common.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(sys, "stderr", log)
+    pieces = [Pieces([1] * 400, ["a.jpg"]), Pieces([1] * 500, []), Pieces([1] * 100, ["b.jpg", "c.jpg"])]
+    progress = common.TerminalProgress()
+    assert list(progress.track(pieces, total=5000, done=2000, what="extracting")) == pieces
+    lines = log.getvalue().splitlines()
+    assert lines[0].startswith("extracting: 2,900 of 5,000 images (2,000 cached, 899 computed, 1 bad), ")
+    assert re.search(r", \d+ images/s, .* left$", lines[0])
+    assert len(lines) < 3
+    assert list(progress.track([b"12"] * 5, total=10, what="downloading", unit="B")) == [b"12"] * 5
+    assert log.getvalue().splitlines() == lines
+
+
+def test_a_bar_has_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(live=True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(common, "tqdm", partial(common.tqdm, mininterval=0))
+    clock = count(0, 5)
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
+    progress = common.TerminalProgress()
+    list(progress.track([Pieces([1] * 30, ["a"])] * 3, total=190, done=100, what="extracting"))
+    assert "100 cached, 58 computed, 2 bad" in terminal.getvalue()
+    assert "img/s" in terminal.getvalue()

@@ -209,6 +209,14 @@ def test_threads_have_helpers_of_their_own() -> None:
     assert not decoding._idle
 
 
+def test_a_helper_that_grew_large_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoding.close_helpers()
+    for limit, kept in ((len(PHOTO.tobytes()), 1), (len(PHOTO.tobytes()) - 1, 0)):
+        monkeypatch.setattr(decoding, "LARGE_BYTES", limit)
+        assert np.array_equal(decode_array(encode(PHOTO, "PNG")), np.array(PHOTO))
+        assert len(decoding._idle) == kept
+
+
 def test_a_helper_ends_with_the_process_that_started_it() -> None:
     code = (
         "import io, os, signal; from PIL import Image; from featcache import decoding\n"

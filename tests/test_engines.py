@@ -349,7 +349,7 @@ def test_half_precision_is_close_and_another_extractor(precision: str, photos: P
 
 def test_the_precision_is_halves_on_cuda_and_whole_elsewhere(tiny: type[TinyFamily]) -> None:
     from featcache.config import ExtractConfig
-    from featcache.stages.plan import settle_execution
+    from featcache.stages.provide_backbone import settle_execution
 
     backbone = load_backbone("tiny", weights="none")
     for device, expected in ((CPU, "float32"), (CUDA, "float16")):

@@ -167,7 +167,7 @@ def test_an_interruption_keeps_what_was_computed(
     photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting(Listener):
-        def track(self, items, *, total, what, unit="img"):
+        def track(self, items, *, total, what, unit="img", done=0):
             for n, item in enumerate(items):
                 if what == "extracting" and n == 3:
                     raise KeyboardInterrupt
@@ -201,7 +201,7 @@ def test_images_that_change_behind_its_back_are_told_of(
     monkeypatch.setattr("featcache.dataset.RACY_NS", -(10**18))  # files this young prove something
 
     class Meddling(Listener):
-        def track(self, items, *, total, what, unit="img"):
+        def track(self, items, *, total, what, unit="img", done=0):
             yield from items
             if what == "extracting":
                 draw_photo(COLOURS["green"], 7).save(photos / "train/blue/photo_003.jpg")

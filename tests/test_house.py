@@ -26,6 +26,7 @@ NOUNS: dict[str, set[str]] = {
     "preprocessing": {"clips", "decoding"},  # the rules of decoding, in words
     "images": {"clips", "dataset", "decoding", "preprocessing"},  # frames; digests; an image from bytes; what to do
     "metrics": set(),
+    "recall": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": set(),
     "plots": set(),

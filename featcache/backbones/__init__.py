@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones import module, onnx
-from featcache.backbones.base import Backbone, Family, WeightsEntry
+from featcache.backbones import efficientnet_lite, module, onnx, timm, torchvision
+from featcache.backbones.base import Backbone, Family, WeightsEntry, WeightsFile
 from featcache.backbones.code import hash_code
 from featcache.backbones.families import choose_weights, find_family, find_trunk, list_backbones
 from featcache.backbones.freezing import fingerprint, freeze_network, is_foreign
@@ -124,7 +124,7 @@ def load_backbone(
     else:
         description.update(name=chosen.file.name, sha256=chosen.file.sha256 or None)
     suggested = family.describe_input(plain, chosen.entry, network)
-    return freeze_network(
+    backbone = freeze_network(
         network,
         name=name,
         file=chosen.file,
@@ -136,6 +136,14 @@ def load_backbone(
         pool=pool,
         verify=family is module,
     )
+    return replace(backbone, files=list_files(family, chosen.file))
+
+
+def list_files(family: Family, file: WeightsFile | None) -> tuple[Path, ...] | None:
+    """All files that decided a backbone beside those of packages; None where its own code did."""
+    if family not in (torchvision, efficientnet_lite, timm, onnx):
+        return None
+    return file.paths if file else ()
 
 
 def check_known(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,12 +23,13 @@ class WeightsFile(NamedTuple):
     """Tensors read from a file, and where they came from.
 
     `name` is what the user would call them, `sha256` the digest of the file's bytes; no `tensors` are in the network
-    already.
+    already. `paths` are all files that had a say, also those that could have been there; None if nobody can tell.
     """
 
     tensors: StateDict | None
     name: str
     sha256: str
+    paths: tuple[Path, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ class Backbone:
     precision
         In which the features are computed, JSON-ready: {"compute": "float32"}, or another type of torch's; "int8" has
         the `ranges` of its activations beside it.
+    files
+        All files that have a say in what this is, beside those of installed packages; None if nobody can tell.
     network_sha256
         Of the network's tensors by the names that they have in it, see `check_unchanged`.
     """
@@ -135,6 +139,7 @@ class Backbone:
     batch_norm: tuple[str, str]
     make_classifier: Callable[[int], nn.Module]
     precision: dict[str, Any] = field(default_factory=lambda: dict(FLOAT32))
+    files: tuple[Path, ...] | None = None
     network_sha256: str
 
     def describe(self, stored: str = "float32") -> dict[str, Any]:

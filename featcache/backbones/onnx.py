@@ -210,7 +210,9 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
     """No tensors: they are in the network already. The digest is of the file, and of those it keeps its tensors in."""
     del entry, progress
     path = check_file(name)
-    return WeightsFile(None, path.name, hash_model(path))
+    others = (path.parent / name for name in list_external_files(path))
+    paths = tuple(one.absolute() for one in (path, path.with_suffix(".json"), *others))
+    return WeightsFile(None, path.name, hash_model(path), paths)
 
 
 def hash_model(path: Path) -> str:

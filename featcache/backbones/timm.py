@@ -126,7 +126,8 @@ def read_weights(name: str, entry: str, progress: Progress) -> WeightsFile:
         ) from error
     network = _keep_simple_classifier(network, tagged)
     path = _find_cached(config)
-    return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "")
+    paths = None if path is None else (path, *_find_reference(path))
+    return WeightsFile(network.state_dict(), f"timm:{tagged}", hash_file(path) if path else "", paths)
 
 
 def list_heads(network: nn.Module) -> tuple[str, ...]:
@@ -188,3 +189,9 @@ def _find_cached(config: Any) -> Path | None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / config.url.rpartition("/")[2]
         return path if path.is_file() else None
     return None
+
+
+def _find_reference(path: Path) -> tuple[Path, ...]:
+    """The file in the hub's cache that says which revision is the present one; of a download from elsewhere none."""
+    revision = path.parent
+    return (revision.parents[1] / "refs" / "main",) if revision.parent.name == "snapshots" else ()

@@ -62,7 +62,7 @@ def read_weights(path: Path) -> WeightsFile:
             f"cannot read weights from {path}: {make_printable(reason)}; expected a state dict of tensors, saved with "
             f"torch.save(network.state_dict(), ...) or safetensors, and nothing in it is ever executed"
         ) from error
-    return WeightsFile(tensors, f"{path.name} ({entry})" if entry else path.name, hash_file(path))
+    return WeightsFile(tensors, f"{path.name} ({entry})" if entry else path.name, hash_file(path), (path.absolute(),))
 
 
 def is_url(text: str) -> bool:

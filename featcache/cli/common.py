@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from featcache.errors import BadImage, make_printable
 from featcache.progress import Progress
 
 T = TypeVar("T")
+LINE_SECONDS = 60.0  # between two lines of progress in a log
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -199,7 +201,10 @@ extract_options = combine(
 
 
 class TerminalProgress(Progress):
-    """Lines and bars on stderr; no bars where it is not a terminal, none for what takes less than two seconds."""
+    """Lines and bars on stderr; where it is no terminal a line every minute instead of bars.
+
+    No bars for what takes less than two seconds.
+    """
 
     def __init__(self) -> None:
         self.live = sys.stderr.isatty()
@@ -211,7 +216,8 @@ class TerminalProgress(Progress):
     def track(
         self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
     ) -> Iterator[T]:
-        """Pass `items` through a bar with rate and remaining time."""
+        """Pass `items` through a bar with rate, remaining time, and how many were there, were computed and are bad."""
+        tally, next_line = Tally(what, done), time.monotonic() + LINE_SECONDS
         with tqdm(
             total=total,
             initial=done,
@@ -225,7 +231,51 @@ class TerminalProgress(Progress):
         ) as bar:
             for item in items:
                 yield item
-                bar.update(len(item) if isinstance(item, Sized) and not isinstance(item, str | tuple) else 1)
+                bar.set_postfix_str(tally.add(item), refresh=False)
+                bar.update(tally.last)
+                if not self.live and unit == "img" and time.monotonic() > next_line:
+                    next_line += LINE_SECONDS
+                    self.say(tally.describe(total))
+
+
+class Tally:
+    """What has gone through a bar.
+
+    Parameters
+    ----------
+    what
+        Is being done.
+    cached
+        How many were there before.
+    """
+
+    def __init__(self, what: str, cached: int) -> None:
+        self.what, self.cached, self.done, self.bad, self.last = what, cached, 0, 0, 0
+        self._started, self._words = time.monotonic(), ""
+
+    def add(self, item: object) -> str:
+        """Count an item: a batch by its length. Gives the counts in words, where it says what was bad."""
+        self.last = len(item) if isinstance(item, Sized) and not isinstance(item, str | tuple) else 1
+        self.done += self.last
+        bad = getattr(item, "bad", None)
+        if bad is not None:
+            self.bad += len(bad)
+            good = "computed" if self.what == "extracting" else "good"
+            counts = {"cached": self.cached, good: self.done - self.bad, "bad": self.bad}
+            self._words = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n)
+        return self._words
+
+    def describe(self, total: int | None) -> str:
+        """A line for a log."""
+        from featcache.report import format_seconds
+
+        rate = self.done / max(time.monotonic() - self._started, 1e-9)
+        n = self.cached + self.done
+        counts = f" ({self._words})" if self._words else ""
+        if total is None:
+            return f"{self.what}: {n:,} images{counts}, {rate:.0f} images/s"
+        left = format_seconds((total - n) / rate)
+        return f"{self.what}: {n:,} of {total:,} images{counts}, {rate:.0f} images/s, {left} left"
 
 
 def print_json(value: Any) -> None:

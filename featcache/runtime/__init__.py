@@ -207,11 +207,15 @@ def prepare_execution(
     engines = []
     for i, one in enumerate(spread_device(device)):
         there = (copy.deepcopy(network) if i else network).to(one)
+        if one.type == "cuda":  # half-precision convolutions want their weights in this order too
+            there = there.to(memory_format=torch.channels_last)
         model = Model(there, rows.make_normalisation(), torch.empty(0), one, precision)
         if chosen == "compile" and (image := find_image(rows)) is not None:
             engines.append(_make_or_say(chosen, replace(model, example=make_example(image, size)), 1))
         else:
             engines.append(make_eager(model))
+        if one.type == "cuda":
+            torch.cuda.synchronize(one)  # NOTE: streams do not wait for each other; the weights must be there
 
     def run() -> Iterator[Outputs]:
         batches = make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda")

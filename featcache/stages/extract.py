@@ -6,13 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from featcache import files
-from featcache.backbones import Backbone
 from featcache.cache import (
     STORED_TYPES,
     FeatureCache,
@@ -20,7 +18,6 @@ from featcache.cache import (
     GatheredRows,
     Part,
     PartSource,
-    PartWriter,
     RowTable,
     Source,
     check_parts,
@@ -41,11 +38,12 @@ from featcache.dataset import (
     list_changed,
 )
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
-from featcache.images import ImageRows, make_pixel_transform
 from featcache.progress import SILENT, Progress
 from featcache.runs import PeakMemory, describe_environment
-from featcache.runtime import Execution, Outputs, choose_runtime, prepare_execution
-from featcache.stages.plan import Plan, plan_extraction, take_backbone
+from featcache.stages.plan import Computed, Plan, plan_extraction, remember_extractor, say_kept, take_backbone
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
 
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
 
@@ -138,7 +136,11 @@ def extract_features(
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
         plan = plan_extraction(data, output, config, progress, keep=True, given=given)
-        return _carry_out(plan, config, progress, started, memory)
+        if plan.missing:
+            plan = _equip(plan, config, progress)
+        extraction = _carry_out(plan, config, progress, started, memory)
+        remember_extractor(plan, config)
+        return extraction
 
 
 def _find_finished(
@@ -153,7 +155,7 @@ def _find_finished(
 
 def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: float, memory: PeakMemory) -> Extraction:
     """Compute what is missing and put everything into the file."""
-    _say_plan(plan, foresee_runtime(plan, config), progress)
+    _say_plan(plan, config, progress)
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
         return _finish(plan, 0, (), started)
@@ -163,10 +165,10 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
             )
         missing = find_missing(plan.listing, _make_table(plan, sources, plan.parts))
-        computed = compute_rows(plan, missing, config, progress)
+        computed = _compute_rows(plan, missing, config, progress)
         bad = [*plan.listing.bad, *computed.bad]
         if bad and not config.skip_bad:
-            _say_kept(plan, computed.parts, progress)
+            say_kept(plan, computed.parts, progress)
             raise BadImagesError(bad)
         listing = plan.listing.without(bad)
         if computed.rows or damaged or not _is_up_to_date(plan, listing, config):
@@ -182,6 +184,21 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
     return _finish(plan, computed.rows, tuple(bad), started)
 
 
+def _equip(plan: Plan, config: ExtractConfig, progress: Progress) -> Plan:
+    from featcache.stages.provide_backbone import equip
+
+    return equip(plan, config, progress)
+
+
+def _compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress) -> Computed:
+    """`compute_rows`, if there is anything to compute."""
+    if not digests:
+        return Computed([], [], 0)
+    from featcache.stages.compute import compute_rows
+
+    return compute_rows(_equip(plan, config, progress), digests, config, progress)
+
+
 def find_missing(listing: Listing, table: RowTable) -> list[str]:
     """Digests of the images that have no row, each once, in the order of the listing."""
     wanted = list(dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests))
@@ -189,103 +206,8 @@ def find_missing(listing: Listing, table: RowTable) -> list[str]:
     return [digest for digest, found in zip(wanted, there.tolist(), strict=True) if not found]
 
 
-class Computed(NamedTuple):
-    """What came of computing: files that could not be used (with their copies), parts written, rows in them, how."""
-
-    bad: list[BadImage]
-    parts: list[Part]
-    rows: int
-    runtime: str = ""
-
-
-def compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress) -> Computed:
-    """Compute the features of the images with these digests and keep them in parts.
-
-    Whatever ends it, the rows that were computed are kept.
-    """
-    if not digests:
-        return Computed([], [], 0)
-    paths_by_digest: dict[str, list[str]] = {digest: [] for digest in digests}
-    for split in plan.listing.splits.values():
-        for path, digest in zip(split.paths, split.digests, strict=True):
-            if digest in paths_by_digest:
-                paths_by_digest[digest].append(path)
-    digest_of = {paths[0]: digest for digest, paths in paths_by_digest.items()}
-    bad: list[BadImage] = []
-    writer = PartWriter(parts_path(plan.output), plan.key, config.store)
-    execution = prepare_backbone(plan, digests, config)
-    if execution.remark:
-        progress.say(f"{execution.remark}: {execution.runtime} takes its place")
-    try:
-        for output in progress.track(execution.run(), total=len(digests), what="extracting"):
-            finite, failed = find_unusable(output, [paths_by_digest[digests[row]][0] for row in output.rows], config)
-            writer.add([digests[row] for row in output.rows[finite].tolist()], output.values[finite])
-            bad += [BadImage(copy, reason) for path, reason in failed for copy in paths_by_digest[digest_of[path]]]
-    except KeyboardInterrupt:
-        writer.flush()
-        _say_kept(plan, writer.parts, progress)
-        raise
-    finally:
-        writer.flush()
-    return Computed(bad, writer.parts, sum(map(len, writer.parts)), execution.runtime)
-
-
-def find_unusable(
-    output: Outputs, paths: Sequence[str], config: ExtractConfig
-) -> tuple[NDArray[np.bool_], list[BadImage]]:
-    """Which of B rows can be stored (B,), and every file of the batch that has no such row, with the reason."""
-    with np.errstate(over="ignore"):
-        usable = np.isfinite(output.values.astype(config.store)).all(axis=1)
-    failed = list(output.bad)
-    for path, values in zip((paths[i] for i in np.flatnonzero(~usable).tolist()), output.values[~usable], strict=True):
-        too_large = bool(np.isfinite(values).all())
-        reason = "too large for float16; use --store float32" if too_large else "not finite numbers"
-        failed.append(BadImage(path, f"its features are {reason}"))
-    return usable, failed
-
-
-def foresee_runtime(plan: Plan, config: ExtractConfig) -> str:
-    """The runtime for all that is missing."""
-    return choose_runtime(
-        config.runtime,
-        plan.device,
-        n_images=len(plan.missing),
-        network=plan.backbone.network,
-        compute=plan.backbone.precision["compute"],
-    )
-
-
-def prepare_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> Execution:
-    """The plan's backbone, ready to run over the images with these digests, in their order.
-
-    The runtime is the one for all that is missing, however many of them these are.
-    """
-    path_of: dict[str, str] = {}
-    for split in plan.listing.splits.values():
-        for path, digest in zip(split.paths, split.digests, strict=True):
-            path_of.setdefault(digest, path)
-    source = ImageRows(
-        plan.listing.root,
-        [path_of[digest] for digest in digests],
-        transform=make_pixel_transform(plan.backbone.preprocessing),
-        digests=digests,
-    )
-    return prepare_execution(
-        plan.backbone.network,
-        source,
-        device=plan.device,
-        runtime=config.runtime,
-        precision=plan.backbone.precision,
-        n_images=len(plan.missing),
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-
-
 def _make_table(plan: Plan, sources: Sequence[Source], parts: Sequence[Part]) -> RowTable:
-    return RowTable(
-        [*sources, *map(PartSource, parts)], plan.backbone.width, STORED_TYPES[stored_precision(plan.extractor)]
-    )
+    return RowTable([*sources, *map(PartSource, parts)], plan.width, STORED_TYPES[stored_precision(plan.extractor)])
 
 
 def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str, Any]) -> FeatureCache:
@@ -295,7 +217,7 @@ def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str,
         positions = table.find(np.array(split.digests, dtype="S64"))
         if (positions < 0).any():
             raise CacheError(f"parts vanished from {parts_path(plan.output)} meanwhile; run the same command again")
-        splits[name] = FeatureSplit(listing=split, features=GatheredRows(table, positions, plan.backbone.width))
+        splits[name] = FeatureSplit(listing=split, features=GatheredRows(table, positions, plan.width))
     return FeatureCache(classes=listing.classes, extractor=plan.extractor, splits=splits, provenance=provenance)
 
 
@@ -360,12 +282,7 @@ def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], started: float
     )
 
 
-def _say_kept(plan: Plan, parts: Sequence[Part], progress: Progress) -> None:
-    if rows := sum(map(len, (*plan.parts, *parts))):
-        progress.say(f"{rows} finished rows kept in {parts_path(plan.output)}; the next try goes on from there")
-
-
-def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:
+def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
     verb = {
         "create": "new cache",
         "reuse": "cache of the same extractor",
@@ -374,8 +291,13 @@ def _say_plan(plan: Plan, runtime: str, progress: Progress) -> None:
     }[plan.decision]
     kept = sum(map(len, plan.parts))
     going_on = f", {kept} rows of an earlier try" if kept else ""
-    where = f", {plan.device} ({runtime})" if plan.missing else ""
+    where = ""
+    if plan.missing:
+        from featcache.stages.compute import foresee_runtime
+
+        where = f", {plan.device} ({foresee_runtime(plan, config)})"
+    extractor = plan.extractor
     progress.say(
-        f"{plan.backbone.name}, weights {plan.backbone.weights['name']}, {plan.backbone.width} features{where}; "
+        f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}; "
         f"{verb}{going_on}, {len(plan.missing)} images to compute"
     )

@@ -28,7 +28,8 @@ from featcache.pictures import list_pictures
 from featcache.preprocessing import InputFormat, freeze_list
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
-from featcache.stages.plan import find_example, provide_backbone, settle_execution, take_backbone
+from featcache.stages.plan import take_backbone
+from featcache.stages.provide_backbone import find_example, provide_backbone, settle_execution
 from featcache.stages.provide_features import TURN, Task, provide_features
 
 REMEMBERED = 2  # networks that stay loaded in this process: every fold of a search is a fresh clone of the transformer

@@ -18,7 +18,6 @@ from featcache.cache import (
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
-from featcache.stages.extract import prepare_backbone
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
 
 PROBE_FEW, PROBE_IMAGES = 8, 48
@@ -53,6 +52,10 @@ def forecast_extraction(
     settings, given = take_backbone(settings)
     config = ExtractConfig(**settings)
     plan = plan_extraction(data, files.follow_link(Path(output)), config, progress, given=given)
+    if plan.missing:
+        from featcache.stages.provide_backbone import equip
+
+        plan = equip(plan, config, progress)
     return plan, estimate_cost(plan, config)
 
 
@@ -70,7 +73,7 @@ def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
         each = each or long / len(some)
         seconds, rate = max(long - each * len(some), 0.0) + each * len(plan.missing), 1 / each
     empty = {
-        name: FeatureSplit(listing=split, features=np.empty((0, plan.backbone.width)))
+        name: FeatureSplit(listing=split, features=np.empty((0, plan.width)))
         for name, split in plan.listing.splits.items()
     }
     cache = FeatureCache(classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={})
@@ -78,6 +81,8 @@ def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
 
 
 def _time_run(plan: Plan, digests: Sequence[str], config: ExtractConfig) -> float:
+    from featcache.stages.compute import prepare_backbone
+
     started = time.perf_counter()
     for _ in prepare_backbone(plan, digests, config).run():
         pass

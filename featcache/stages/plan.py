@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
-from featcache.backbones import Backbone, check_known, check_unchanged, load_backbone
 from featcache.cache import (
     FeatureCache,
     Part,
@@ -29,7 +27,7 @@ from featcache.cache import (
     verify_cache,
 )
 from featcache.clips import check_video_support
-from featcache.config import EXECUTION, PRECISIONS, ExtractConfig, is_imported
+from featcache.config import EXECUTION, ExtractConfig, is_imported
 from featcache.dataset import (
     Digests,
     KnownFiles,
@@ -39,13 +37,17 @@ from featcache.dataset import (
     list_dataset,
     summarise,
 )
-from featcache.errors import SettingsError, StaleCacheError
-from featcache.images import ImageRows, make_pixel_transform
-from featcache.preprocessing import TORCH_INTERPOLATIONS, InputFormat, Preprocessing
+from featcache.errors import BadImage, SettingsError, StaleCacheError
 from featcache.progress import SILENT, Progress
-from featcache.runtime import choose_runtime, find_ranges, select_device
+from featcache.recall import is_known, keep_known
 
-CALIBRATION_IMAGES = 32
+if TYPE_CHECKING:
+    import torch
+
+    from featcache.backbones import Backbone
+
+# Settings that have no say in which features are wanted.
+WITHOUT_SAY = ("batch_size", "workers", "val_fraction", "skip_bad", "reuse", "rehash", "wait", "force")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,11 @@ class Plan:
         another extractor, and `force` is set) or "refuse" (and it is not).
     listing
         The data set.
-    backbone, device, extractor
-        What would compute, where, and its description.
+    extractor
+        Description of what would compute.
+    backbone, device
+        The network and where it would run; None where the description is known from an earlier run, until they are
+        needed (see `equip`).
     old
         The cache that lies there.
     sources
@@ -76,9 +81,9 @@ class Plan:
     output: Path
     decision: str
     listing: Listing
-    backbone: Backbone
-    device: torch.device
     extractor: dict[str, Any]
+    backbone: Backbone | None
+    device: torch.device | None
     old: FeatureCache | None
     sources: tuple[Path, ...]
     parts: tuple[Part, ...]
@@ -88,6 +93,20 @@ class Plan:
     def key(self) -> str:
         """The wanted extractor's key."""
         return hash_extractor(self.extractor)
+
+    @property
+    def width(self) -> int:
+        """D, features per image."""
+        return int(self.extractor["dim"])
+
+
+class Computed(NamedTuple):
+    """What came of computing: files that could not be used (with their copies), parts written, rows in them, how."""
+
+    bad: list[BadImage]
+    parts: list[Part]
+    rows: int
+    runtime: str = ""
 
 
 def plan_extraction(
@@ -122,28 +141,16 @@ def plan_extraction(
     """
     check_root(Path(data))
     old = open_old(output, force=config.force)
-    if old and not explain and not config.force and is_imported(old.extractor["backbone"]):
-        raise StaleCacheError(
-            f"{output} was made by another extractor: its features are imported, from {old.provenance['table']}; write "
-            f"elsewhere with -o OTHER.h5, or replace it with --force"
-        )
-    if (
-        old
-        and not explain
-        and not config.force
-        and name_network(old.extractor["backbone"]) != name_network(config.backbone)
-    ):
-        check_known(config.backbone)
-        made_with = old.extractor["backbone"]  # seen before anything is downloaded for the wrong one
-        raise StaleCacheError(
-            f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "
-            f"--backbone {made_with}, write elsewhere with -o OTHER.h5, or replace it with --force"
-        )
-    select_device(config.device)
-    backbone = given or provide_backbone(config, progress)
-    device = select_device(config.device, backbone.network)
-    backbone = settle_execution(backbone, config, device, find_example(old, config))
-    extractor = backbone.describe(config.store)
+    if old and not explain and not config.force:
+        _check_name(old, output, config)
+    backbone, device = None, None
+    if old and given is None and not config.force and not config.rehash and is_known(_make_request(config, old.key)):
+        extractor = dict(old.extractor)
+    else:
+        from featcache.stages.provide_backbone import provide_settled
+
+        backbone, device = provide_settled(config, given, old, progress)
+        extractor = backbone.describe(config.store)
     if old and not explain and not config.force:
         check_same_extractor(old, output, extractor)
     others = {Path(path): open_cache(path) for path in config.reuse}
@@ -151,8 +158,11 @@ def plan_extraction(
         check_complete(cache, path)
         if not can_serve(cache.extractor, extractor):
             raise StaleCacheError(f"{path} cannot be reused: {describe_differences(cache.extractor, extractor)}")
-    listing = _list_images(data, output, old, config, progress, keep, backbone.preprocessing.frames > 0)
-    if backbone.precision == {"compute": "int8"}:
+    clips = bool(extractor["preprocessing"].get("frames", 0))
+    listing = _list_images(data, output, old, config, progress, keep, clips)
+    if backbone and backbone.precision == {"compute": "int8"}:
+        from featcache.stages.provide_backbone import calibrate
+
         backbone = calibrate(backbone, listing, config, progress)
         extractor = backbone.describe(config.store)
     same = old is not None and old.key == hash_extractor(extractor)
@@ -166,9 +176,9 @@ def plan_extraction(
         output=output,
         decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
         listing=listing,
+        extractor=extractor,
         backbone=backbone,
         device=device,
-        extractor=extractor,
         old=old,
         sources=tuple(sources),
         parts=tuple(parts),
@@ -176,76 +186,34 @@ def plan_extraction(
     )
 
 
-def provide_backbone(config: ExtractConfig, progress: Progress) -> Backbone:
-    """The backbone that the settings name."""
-    images = InputFormat(**config.image_settings())
-    return load_backbone(config.backbone, images=images, progress=progress, **config.network_settings())
-
-
-def settle_execution(
-    backbone: Backbone, config: ExtractConfig, device: torch.device, example: Mapping[str, Any] | None
-) -> Backbone:
-    """The backbone with its decoder and its precision: those that are stated, else those of a cache, else the usual.
-
-    Parameters
-    ----------
-    backbone, config, device
-        What computes, how and where.
-    example
-        The extractor of a cache whose rows are wanted.
-
-    Raises
-    ------
-    SettingsError
-        If the decoder cannot resize as this backbone wants it.
-    """
-    images = backbone.preprocessing
-    made_with = Preprocessing.from_json(example["preprocessing"]).decoder if example else None
-    usual = "pillow" if config.runtime == "eager" or images.interpolation not in TORCH_INTERPOLATIONS else "torch"
-    decoder = config.decoder or made_with or usual
-    if decoder == "torch" and images.interpolation not in TORCH_INTERPOLATIONS:
-        raise SettingsError(
-            f"--decoder torch resizes {' or '.join(TORCH_INTERPOLATIONS)}, and {backbone.name} wants "
-            f"{images.interpolation}; use --decoder pillow"
+def _check_name(old: FeatureCache, output: Path, config: ExtractConfig) -> None:
+    """Raise a StaleCacheError if a cache is of another network by its name: before anything is downloaded for it."""
+    made_with = old.extractor["backbone"]
+    if is_imported(made_with):
+        raise StaleCacheError(
+            f"{output} was made by another extractor: its features are imported, from {old.provenance['table']}; write "
+            f"elsewhere with -o OTHER.h5, or replace it with --force"
         )
-    precision = {"compute": "float16" if device.type == "cuda" else "float32"}
-    if example:
-        precision = {name: value for name, value in example["precision"].items() if name != "stored"}
-    if config.precision and PRECISIONS[config.precision] != precision["compute"]:
-        precision = {"compute": PRECISIONS[config.precision]}
-    choose_runtime(config.runtime, device, network=backbone.network, compute=precision["compute"])  # is there such?
-    return replace(backbone, preprocessing=replace(images, decoder=decoder), precision=precision)
+    if name_network(made_with) != name_network(config.backbone):
+        from featcache.backbones import check_known
+
+        check_known(config.backbone)
+        raise StaleCacheError(
+            f"{output} was made by another extractor (backbone: {made_with} -> {config.backbone}); go on with "
+            f"--backbone {made_with}, write elsewhere with -o OTHER.h5, or replace it with --force"
+        )
 
 
-def calibrate(backbone: Backbone, listing: Listing, config: ExtractConfig, progress: Progress) -> Backbone:
-    """The backbone with the ranges of its activations on a few images: those with the smallest digests.
-
-    Raises
-    ------
-    DeviceError
-        If it cannot be quantised.
-    """
-    paths = {digest: path for path, digest in zip(*_list_first_split(listing), strict=True)}
-    digests = sorted(paths)[:CALIBRATION_IMAGES]
-    transform = make_pixel_transform(backbone.preprocessing)
-    rows = ImageRows(listing.root, [paths[digest] for digest in digests], transform=transform, digests=digests)
-    ranges = find_ranges(backbone.network, rows, batch_size=config.batch_size)
-    progress.say(f"int8: activations rounded within what {len(digests)} images show; expect less accuracy than of fp32")
-    return replace(backbone, precision={"compute": "int8", "ranges": ranges})
+def _make_request(config: ExtractConfig, key: str) -> dict[str, Any]:
+    """Settings that want an extractor, and the key of a cache; they are remembered if that is the one they want."""
+    settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_SAY}
+    return {**settings, "key": key}
 
 
-def _list_first_split(listing: Listing) -> tuple[Sequence[str], Sequence[str]]:
-    """Paths and digests of the training images."""
-    split = next(iter(listing.splits.values()))
-    return split.paths, split.digests
-
-
-def find_example(old: FeatureCache | None, config: ExtractConfig) -> Mapping[str, Any] | None:
-    """The extractor of the cache whose rows are wanted, if there is one."""
-    if old and not config.force and not is_imported(old.extractor["backbone"]):
-        return old.extractor
-    caches = (open_cache(path).extractor for path in config.reuse)
-    return next((extractor for extractor in caches if not is_imported(extractor["backbone"])), None)
+def remember_extractor(plan: Plan, config: ExtractConfig) -> None:
+    """Keep in mind that these settings stand for the extractor of the cache that is there now."""
+    if plan.backbone and plan.backbone.files is not None:
+        keep_known(_make_request(config, plan.key), plan.backbone.files)
 
 
 def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone | None]:
@@ -257,6 +225,10 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
         If settings are stated that belong to the making of the backbone.
     """
     given = settings.get("backbone")
+    if given is None or isinstance(given, str):
+        return dict(settings), None
+    from featcache.backbones import Backbone, check_unchanged
+
     if not isinstance(given, Backbone):
         return dict(settings), None
     check_unchanged(given)
@@ -335,3 +307,9 @@ def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) ->
     if not same:
         return "replace" if force else "refuse"
     return "extend" if missing else "reuse"
+
+
+def say_kept(plan: Plan, parts: Sequence[Part], progress: Progress) -> None:
+    """Tell of finished rows that are kept, some of them in new parts."""
+    if rows := sum(map(len, (*plan.parts, *parts))):
+        progress.say(f"{rows} finished rows kept in {parts_path(plan.output)}; the next try goes on from there")

@@ -47,7 +47,7 @@ from featcache.images import make_pixel_transform
 from featcache.pictures import Hashed, Picture, PictureRows, hash_pictures, name_picture
 from featcache.progress import Progress
 from featcache.runtime import run_network
-from featcache.stages.extract import find_unusable
+from featcache.stages.compute import find_unusable
 
 TURN = threading.RLock()  # one thread computes at a time: it uses all cores, and the next one finds its rows
 

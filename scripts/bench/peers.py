@@ -7,7 +7,8 @@
 ResNet18 with the random weights that featcache makes from seed 0. thingsvision 2.7.3 cannot be installed as it declares
 itself (numpy below 2, tensorflow below 2.16), so it is taken without what it needs, and modules that are missing are
 replaced by empty ones: what runs is its own extraction. img2vec-pytorch squashes images to 224 x 224, so its features
-are others. What is not installed is left out and said.
+are others. What is not installed is left out and said. Each has a fresh process every time; imports and the making of
+the network are not counted.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import contextlib
 import importlib.abc
 import importlib.machinery
 import io
+import json
 import statistics
 import sys
 import tempfile
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +32,7 @@ from unittest.mock import MagicMock, patch
 import click
 import numpy as np
 import torch
-from extraction import USUAL, copy_images, measure, run_featcache, run_usual_loop
+from extraction import USUAL, Task, copy_images, list_jpegs, measure, read_peak, work
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, models
@@ -37,7 +40,7 @@ from torchvision import datasets, models
 from featcache.backbones import Backbone, load_backbone
 from featcache.images import count_cores
 
-Job = Callable[[Path], object]
+Job = Callable[[Path], object]  # given the folder of images
 
 
 def make_resnet18(**_: object) -> torch.nn.Module:
@@ -141,33 +144,49 @@ PEERS = {
 }
 
 
+def work_peer(task: Task) -> None:
+    """Do one task and print its seconds and its peak memory."""
+    job = PEERS[task.what](load_backbone(task.backbone, weights=task.weights))
+    started = time.perf_counter()
+    job(Path(task.images))
+    print(json.dumps({"seconds": time.perf_counter() - started, "peak": read_peak()}))
+
+
 @click.command()
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
 @click.option("--images", "n", default=800, show_default=True, help="The data's JPEGs are repeated to so many.")
 @click.option("--rounds", default=3, show_default=True, help="Each figure is the median of so many.")
-def main(data: Path, n: int, rounds: int) -> None:
+@click.option("--task", hidden=True, default="")
+def main(data: Path, n: int, rounds: int, task: str) -> None:
+    """Measure others' extraction from DATA."""
     warnings.simplefilter("ignore")
-    backbone = load_backbone("resnet18", weights="none")
-    jobs: dict[str, Job] = {USUAL: lambda images: run_usual_loop(images, backbone)}
-    for name, make in PEERS.items():
-        try:
-            jobs[name] = make(backbone)
-        except ImportError as error:  # noqa: PERF203 - each is another package
-            print(f"left out: {name}: {error}")
-    jobs["featcache"] = lambda images: run_featcache(images, backbone, "auto")
-    seconds: dict[str, list[float]] = {}
+    if task:
+        given = Task(**json.loads(task))
+        (work_peer if given.what in PEERS else work)(given)
+        return
+    figures: dict[str, list[dict[str, Any]]] = {}
+    left_out = set()
     with tempfile.TemporaryDirectory() as folder:
         images = copy_images(data, Path(folder), n)
-        n = sum(1 for _ in images.rglob("*.jpg"))
+        n = len(list_jpegs(images))
         for _ in range(rounds):
-            for name, job in jobs.items():
-                measure(lambda job=job: job(images), seconds, name)
-    usual = statistics.median(seconds[USUAL])
+            for what in (USUAL, *PEERS, "auto"):
+                if what in left_out:
+                    continue
+                answer = measure(Task(what, str(images), "resnet18", "none", "fp32"), __file__)
+                if isinstance(answer, dict):
+                    figures.setdefault(what, []).append(answer)
+                else:
+                    print(f"left out: {what}: {answer}")
+                    left_out.add(what)
+    usual = statistics.median(figure["seconds"] for figure in figures[USUAL])
     print(f"resnet18, {n} images, {count_cores()} cores, median of {rounds}, torch {torch.__version__}")
-    print(f"{'':16s} {'images/s':>9s} {'range':>15s} {'x usual':>8s}")
-    for name, values in seconds.items():
-        spread = f"{n / max(values):.1f}-{n / min(values):.1f}"
-        print(f"{name:16s} {n / statistics.median(values):9.1f} {spread:>15s} {usual / statistics.median(values):8.2f}")
+    print(f"{'':16s} {'images/s':>9s} {'range':>15s} {'x usual':>8s} {'peak MB':>8s}")
+    for what, all_of_it in figures.items():
+        values = [figure["seconds"] for figure in all_of_it]
+        spread, peak = f"{n / max(values):.1f}-{n / min(values):.1f}", max(figure["peak"] for figure in all_of_it)
+        name, median = "featcache" if what == "auto" else what, statistics.median(values)
+        print(f"{name:16s} {n / median:9.1f} {spread:>15s} {usual / median:8.2f} {peak:8.0f}")
 
 
 if __name__ == "__main__":
