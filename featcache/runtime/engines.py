@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featcache.errors import DeviceError
-from featcache.runtime.devices import is_foreign
+from featcache.runtime.devices import is_foreign, use_threads
 from featcache.runtime.fusing import fuse_network
 
 Values: TypeAlias = NDArray[np.float32]
@@ -185,7 +185,8 @@ def make_compiled(model: Model) -> Engine:
     run = TorchRun(model, torch.compile(network, dynamic=False), order)
     engine = Engine("compile", run, model.batch_size, model.device)
     try:
-        with inductor.patch(freezing=model.device.type == "cpu"), quiet():
+        # NOTE: torch compiles anew, and without these options, for another number of threads.
+        with inductor.patch(freezing=model.device.type == "cpu"), use_threads(1), quiet():
             engine(model.example)
             check_agreement(engine, model)
     except EngineError:

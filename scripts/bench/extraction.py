@@ -51,11 +51,11 @@ def list_jpegs(images: str | Path) -> list[str]:
 
 
 def copy_images(data: Path, folder: Path, n: int) -> Path:
-    """At least n JPEGs of a data set, again and again; a comment in each makes it another file with the same pixels."""
+    """About n JPEGs of a data set, again and again; a comment in each makes it another file with the same pixels."""
     from featcache.dataset import list_dataset
 
     paths = [path for path in list_dataset(data).paths() if path.lower().endswith((".jpg", ".jpeg"))]
-    for i in range(-(-n // len(paths)) * len(paths)):
+    for i in range(max(round(n / len(paths)), 1) * len(paths)):
         source = data / paths[i % len(paths)]
         comment = f"copy {i // len(paths)}".encode()
         bytes_ = source.read_bytes()
@@ -224,7 +224,7 @@ def largest_error(one: NDArray[np.float32], reference: NDArray[np.float32]) -> f
 @click.option("--weights", default="default", show_default=True)
 @click.option("--runtime", "wanted", multiple=True, help="Only these; repeatable.")
 @click.option("--precision", default="fp32", show_default=True)
-@click.option("--images", "n", default=1600, show_default=True, help="The data's JPEGs are repeated to so many.")
+@click.option("--images", "n", default=1600, show_default=True, help="The data's JPEGs are repeated to about so many.")
 @click.option("--rounds", default=3, show_default=True, help="Each figure is the median of so many.")
 @click.option("--task", hidden=True, default="")
 def main(

@@ -154,7 +154,7 @@ def work_peer(task: Task) -> None:
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
-@click.option("--images", "n", default=800, show_default=True, help="The data's JPEGs are repeated to so many.")
+@click.option("--images", "n", default=800, show_default=True, help="The data's JPEGs are repeated to about so many.")
 @click.option("--rounds", default=3, show_default=True, help="Each figure is the median of so many.")
 @click.option("--task", hidden=True, default="")
 def main(data: Path, n: int, rounds: int, task: str) -> None:
