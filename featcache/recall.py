@@ -77,7 +77,7 @@ def read_memory() -> dict[str, dict[str, Stats]]:
 
 def hash_request(request: Mapping[str, Any]) -> str:
     """SHA-256 over a request and all that may answer it otherwise tomorrow, its own files aside."""
-    origins = {name: spec.origin if (spec := find_spec(name)) else None for name in PACKAGES}
+    origins = {name: find_origin(name) for name in PACKAGES}
     package = Path(__file__).parent
     sources = [str(path) for path in sorted(package.rglob("*.py"))]
     around = {
@@ -88,6 +88,15 @@ def hash_request(request: Mapping[str, Any]) -> str:
         "featcache": [[path, look_at(path)] for path in sources],
     }
     return hash_bytes(canonical_json(around).encode("utf-8", errors="surrogateescape"))
+
+
+def find_origin(package: str) -> str | None:
+    """The file that a package begins with, without importing it; None if it is not installed."""
+    try:
+        spec = find_spec(package)
+    except ValueError:  # somebody put something else in its place
+        return None
+    return spec.origin if spec else None
 
 
 def look_at(path: Path | str) -> Stats:

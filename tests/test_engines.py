@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torchvision import transforms
 
 import featcache
@@ -105,8 +106,10 @@ def test_a_compiled_network_gives_what_eager_gives(folder: Path, tiny: type[Tiny
     rows = make_rows(folder, backbone.preprocessing)
     eager = gather(backbone.network, rows, runtime="eager")
     execution = prepare_execution(backbone.network, rows, device=CPU, runtime="compile", batch_size=4, workers=2)
+    compiled = dict(counters["stats"])
     values = np.concatenate([output.values for output in execution.run()])
     assert execution.runtime == "compile"
+    assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"] > 0  # once is enough
     assert find_errors(values, eager)[0] < 1e-4
 
 
@@ -226,6 +229,18 @@ def test_a_network_that_does_not_export_is_refused_or_fused(folder: Path, monkey
     assert execution.runtime == "fused"
     assert "no such operator" in execution.remark
     assert sum(map(len, execution.run())) == 11
+
+
+def test_a_network_too_large_for_onnx_is_said_at_once_and_fused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "MOST_BYTES", 1000)
+    monkeypatch.setattr(exporting, "export_by_tracing", None)
+    rows = make_rows(folder, PLAIN)
+    network = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(DeviceError, match=r"its 0.0 GB are more than one ONNX file holds; use --runtime fused"):
+        prepare_execution(network, rows, device=CPU, runtime="onnx")
+    execution = prepare_execution(network, rows, device=CPU, n_images=10_000)
+    assert execution.runtime == "fused"
+    assert "more than one ONNX file holds" in execution.remark
 
 
 def test_a_network_that_exports_as_something_else_is_found_out(folder: Path) -> None:

@@ -14,6 +14,7 @@ from featcache.runtime.engines import EngineError, Model, first_line, quiet
 
 OPSET = 18
 INPUT = "pixels"
+MOST_BYTES = 2_000_000_000  # protobuf ends at 2 GiB, and the graph takes its part
 
 
 class FromPixels(nn.Module):
@@ -60,6 +61,9 @@ def export_network(model: Model, *, extra: str) -> bytes:
         If the package onnx is not installed.
     """
     import_extra("onnx", extra=extra, what=f"runtime {extra} needs")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.network.state_dict().values())
+    if size > MOST_BYTES:
+        raise EngineError(f"its {size / 1e9:.1f} GB are more than one ONNX file holds")
     network, example = FromPixels(model).eval(), as_input(model.example)
     errors = []
     for export in (export_by_tracing, export_program):

@@ -1,6 +1,6 @@
 """Extraction against the usual loop and against the machine's limit, measured in one run on a folder of images.
 
-    python scripts/bench/extraction.py DATA --backbone resnet18 --weights none
+    python scripts/bench/extraction.py DATA --backbone resnet18
 
 The usual loop is what people write: ImageFolder, a DataLoader with batches of 4 and 4 workers, the network as torch
 made it. Each runtime is `featcache.extract_features` as a whole: reading and hashing the files, preparing the network,
@@ -221,7 +221,7 @@ def largest_error(one: NDArray[np.float32], reference: NDArray[np.float32]) -> f
 @click.command()
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
 @click.option("--backbone", "name", default="resnet18", show_default=True)
-@click.option("--weights", default="default", show_default=True)
+@click.option("--weights", default="none", show_default=True, help="Random ones are as fast as any.")
 @click.option("--runtime", "wanted", multiple=True, help="Only these; repeatable.")
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--images", "n", default=1600, show_default=True, help="The data's JPEGs are repeated to about so many.")
@@ -254,6 +254,8 @@ def main(
                     left_out[what.removeprefix(NETWORK)] = answer
                 else:
                     figures.setdefault(what, []).append(answer)
+        if USUAL in left_out or len(left_out) == len(runtimes):
+            raise click.ClickException(f"nothing to compare: {left_out}")
         features = {what: np.load(f"{folder}/{what}.npy") for what in (USUAL, *runtimes) if what not in left_out}
         n = len(list_jpegs(images))
     report(plan, n, [runtime for runtime in runtimes if runtime not in left_out], figures, features, sgemm)
