@@ -30,7 +30,7 @@ from featcache.progress import Progress
 from featcache.runtime import choose_runtime, engines, exporting, find_ranges, prepare_execution, run_network
 from featcache.runtime.devices import spread_device
 from featcache.runtime.engines import Engine, EngineError, Model, fill_up, make_eager, make_example
-from featcache.runtime.scheduling import run_on_devices
+from featcache.runtime.scheduling import RowsAhead, run_on_devices
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ON_CORES = ("fused", "onnx", "openvino")
@@ -101,11 +101,11 @@ def test_the_features_of_every_runtime_are_those_of_eager(
     assert np.abs(eager - eager[0]).max() > 0
 
 
-def test_a_compiled_network_gives_what_eager_gives(folder: Path, tiny: type[TinyFamily]) -> None:
-    backbone = load_backbone("tiny", weights="none")
-    rows = make_rows(folder, backbone.preprocessing)
-    eager = gather(backbone.network, rows, runtime="eager")
-    execution = prepare_execution(backbone.network, rows, device=CPU, runtime="compile", batch_size=4, workers=2)
+def test_a_compiled_network_gives_what_eager_gives(folder: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    rows = make_rows(folder, PLAIN)
+    eager = gather(disturb(network), rows, runtime="eager")
+    execution = prepare_execution(network, rows, device=CPU, runtime="compile", batch_size=4, workers=2)
     compiled = dict(counters["stats"])
     values = np.concatenate([output.values for output in execution.run()])
     assert execution.runtime == "compile"
@@ -539,7 +539,42 @@ def test_there_are_never_more_threads_than_cores(
     assert max(inside) == max(cores - processes[0], 1)
     inside.clear()
     list(run_network(Watching(), make_rows(tmp_path, PLAIN), device=CPU, runtime="fused", workers=workers))
-    assert set(inside[2:]) == {1}  # after the check of the runtime
+    assert set(inside) == {1}
+
+
+@pytest.mark.parametrize("n", [0, 1, 5, 100])
+def test_rows_that_were_decoded_ahead_are_the_rows(n: int, folder: Path) -> None:
+    (folder / "04.jpg").write_bytes(b"no image")
+    rows, decoded = make_rows(folder, PLAIN), []
+    decode = rows.decode
+    rows.decode = lambda row: decoded.append(row) or decode(row)  # type: ignore[method-assign]
+    ahead = RowsAhead(rows, n)
+    batches = [ahead.make_batch(range(start, min(start + 3, 11))) for start in range(0, 11, 3)]
+    ahead.stop()
+    assert torch.cat([batch.rows for batch in batches]).tolist() == [row for row in range(11) if row != 4]
+    assert [bad.path for batch in batches for bad in batch.bad] == ["04.jpg"]
+    assert sorted(decoded) == list(range(11))
+    again = ahead.make_batch(range(3))
+    assert torch.equal(again.images, batches[0].images)
+
+
+def test_decoding_ahead_stops_when_it_is_told_to(folder: Path) -> None:
+    rows, begun, go_on = make_rows(folder, PLAIN), [], threading.Event()
+    decode = rows.decode
+
+    def wait(row: int) -> Any:
+        begun.append(row)
+        go_on.wait(10)
+        return decode(row)
+
+    rows.decode = wait  # type: ignore[method-assign]
+    ahead = RowsAhead(rows, 11)
+    while not begun:
+        threading.Event().wait(0.01)
+    ahead.stop()
+    go_on.set()
+    assert len(ahead.make_batch(range(11)).rows) == 11
+    assert sorted(begun) == list(range(11))
 
 
 def test_an_engine_error_is_no_error_of_the_users() -> None:

@@ -41,6 +41,7 @@ from featcache.runtime.devices import (
     keep_freed_memory,
     select_device,
     spread_device,
+    use_threads,
 )
 from featcache.runtime.engines import (
     TOLERANCE,
@@ -56,7 +57,7 @@ from featcache.runtime.engines import (
 from featcache.runtime.onnx import make_onnx
 from featcache.runtime.openvino import make_openvino
 from featcache.runtime.quantising import Ranges, make_int8, measure_ranges
-from featcache.runtime.scheduling import Outputs, run_in_turn, run_on_cores, run_on_devices
+from featcache.runtime.scheduling import Outputs, RowsAhead, run_in_turn, run_on_cores, run_on_devices
 
 __all__ = [
     "BREAK_EVEN",
@@ -76,6 +77,7 @@ FLOAT32 = {"compute": "float32"}
 # Images from which a runtime is faster than "fused" altogether, and the packages it needs; the fastest first.
 BREAK_EVEN = {"onnx": 64, "openvino": 128}
 PACKAGES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}
+AHEAD_BYTES = 1 << 26  # of images that are decoded while the network is made ready
 ON_CPU_ONLY = ("fused", "onnx", "openvino")
 
 
@@ -239,28 +241,47 @@ def _prepare_on_cores(
     batch_size: int,
     workers: int | None,
 ) -> Execution:
-    """A thread for each core."""
+    """A thread for each core. The first images are decoded while the network is made ready."""
     n_threads = max(count_cores() if workers is None else workers, 1)
-    image, remark = find_image(rows), ""
-    model = Model(network.cpu(), rows.make_normalisation(), torch.empty(0), precision=precision)
-    if image is None:  # there is nothing to run it on
-        engine = make_eager(model)
-    else:
-        model = replace(model, example=make_example(image, batch_size))
+    image = find_image(rows)
+    room = AHEAD_BYTES // max(image.nbytes, 1) if image is not None and n_threads > 1 else 0
+    with use_threads(1):
+        ahead = RowsAhead(rows, room)
         try:
-            engine = _make_or_say(chosen, model, n_threads)
-        except DeviceError as error:
-            if asked != "auto" or chosen == "fused" or precision["compute"] != "float32":
-                raise
-            engine, remark = make_fused(model), f"{error}"
+            engine, remark = _make_engine(network, rows, image, asked, chosen, precision, batch_size, n_threads)
+        finally:
+            ahead.stop()
 
     def run() -> Iterator[Outputs]:
         try:
-            yield from run_on_cores(engine, rows, batch_size, n_threads)
+            yield from run_on_cores(engine, ahead, batch_size, n_threads)
         finally:
             close_helpers()
 
     return Execution(chosen if image is None else engine.runtime, run, remark)
+
+
+def _make_engine(
+    network: nn.Module,
+    rows: ImageRows,
+    image: Tensor | None,
+    asked: str,
+    chosen: str,
+    precision: Mapping[str, Any],
+    batch_size: int,
+    n_threads: int,
+) -> tuple[Engine, str]:
+    """The engine, and why it is another one than was chosen."""
+    model = Model(network.cpu(), rows.make_normalisation(), torch.empty(0), precision=precision)
+    if image is None:  # there is nothing to run it on
+        return make_eager(model), ""
+    model = replace(model, example=make_example(image, batch_size))
+    try:
+        return _make_or_say(chosen, model, n_threads), ""
+    except DeviceError as error:
+        if asked != "auto" or chosen == "fused" or precision["compute"] != "float32":
+            raise
+        return make_fused(model), f"{error}"
 
 
 def _make_or_say(runtime: str, model: Model, n_threads: int) -> Engine:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from featcache.errors import BadImage
 from featcache.images import Batch, ImageRows
@@ -55,12 +56,45 @@ def run_in_turn(engine: Engine, batches: Iterable[Batch], n_threads: int) -> Ite
             yield forward(engine, batch)
 
 
-def run_on_cores(engine: Engine, rows: ImageRows, batch_size: int, n_threads: int) -> Iterator[Outputs]:
+class RowsAhead:
+    """Rows of which the first are decoded by a thread of their own while something else is done.
+
+    Parameters
+    ----------
+    rows
+        All of them.
+    n
+        How many may be decoded ahead.
+    """
+
+    def __init__(self, rows: ImageRows, n: int) -> None:
+        self.rows = rows
+        self._pool = ThreadPoolExecutor(1)
+        self._futures = {row: self._pool.submit(rows.__getitem__, row) for row in range(min(n, len(rows)))}
+
+    def stop(self) -> None:
+        """Begin no further one."""
+        for row, future in list(self._futures.items()):
+            if future.cancel():
+                del self._futures[row]
+        self._pool.shutdown(wait=False)
+
+    def make_batch(self, piece: range) -> Batch:
+        """The batch of some rows, decoded now where they are not yet."""
+        return self.rows.collate([self._take(row) for row in piece])
+
+    def _take(self, row: int) -> tuple[int, Tensor | str, int]:
+        future = self._futures.pop(row, None)
+        return self.rows[row] if future is None else future.result()
+
+
+def run_on_cores(engine: Engine, ahead: RowsAhead, batch_size: int, n_threads: int) -> Iterator[Outputs]:
     """Threads that each decode and forward whole batches with one core: no core waits for another."""
-    pieces = (range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size))
+    n = len(ahead.rows)
+    pieces = (range(start, min(start + batch_size, n)) for start in range(0, n, batch_size))
 
     def work(piece: range) -> Outputs:
-        return forward(engine, rows.collate([rows[row] for row in piece]))
+        return forward(engine, ahead.make_batch(piece))
 
     with use_threads(1), ThreadPoolExecutor(n_threads) as pool:
         yield from _in_order((pool.submit(work, piece) for piece in pieces), 2 * n_threads)
