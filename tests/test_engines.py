@@ -172,7 +172,10 @@ def test_rows_do_not_depend_on_what_shares_their_batch(folder: Path, tiny: type[
         (("onnxruntime",), 10**6, "fused"),  # without the package onnx nothing can be exported
         (("onnxruntime", "onnx"), 20, "fused"),
         (("onnxruntime", "onnx"), 1000, "onnx"),
-        (("openvino", "onnx"), 70, "fused"),
+        (("onnxruntime", "onnx"), 127, "fused"),
+        (("onnxruntime", "onnx"), 128, "onnx"),
+        (("openvino", "onnx"), 255, "fused"),
+        (("openvino", "onnx"), 256, "openvino"),
         (("openvino", "onnx"), 1000, "openvino"),
         (("openvino", "onnxruntime", "onnx"), 1000, "onnx"),
     ],

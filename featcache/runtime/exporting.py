@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.extras import import_extra, is_installed
+from featcache.images import Normalise
 from featcache.runtime.engines import EngineError, Model, first_line, quiet
 
 OPSET = 18
@@ -18,16 +19,33 @@ MOST_BYTES = 2_000_000_000  # protobuf ends at 2 GiB, and the graph takes its pa
 
 
 class FromPixels(nn.Module):
-    """Pixels -> features; pixels (B, H, W, C) where they lie so in memory, (B, C, ...) otherwise."""
+    """Pixels -> features; pixels (B, H, W, C) where they lie so in memory, (B, C, ...) otherwise.
+
+    There, they are normalised row by row: three numbers at a time take ONNX Runtime a sixth of an int8 ResNet18. By
+    division and subtraction, which are not rounded to 8 bits.
+    """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.normalise, self.network = model.normalise, model.network
         self.channels_last = lies_channels_last(model.example)
+        self.by_rows = self.channels_last and isinstance(model.normalise, Normalise)
+        if isinstance(model.normalise, Normalise):
+            mean, std, width = model.normalise.mean.flatten(), model.normalise.std.flatten(), model.example.shape[-1]
+            self.register_buffer("scale", (255 * std).repeat(width), persistent=False)
+            self.register_buffer("shift", (mean / std).repeat(width), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise and run the network."""
-        return self.network(self.normalise(pixels.permute(0, 3, 1, 2) if self.channels_last else pixels))  # type: ignore[no-any-return]
+        if self.by_rows:
+            rows = pixels.flatten(2).float() / self.scale - self.shift
+            images = rows.reshape(pixels.shape).permute(0, 3, 1, 2)
+        else:
+            images = self.normalise(pixels.permute(0, 3, 1, 2) if self.channels_last else pixels)
+        return self.network(images)  # type: ignore[no-any-return]
 
 
 def lies_channels_last(pixels: Tensor) -> bool:

@@ -88,8 +88,10 @@ def _quantise(data: bytes, ranges: Ranges) -> bytes:
         name: TensorData(lowest=np.float32(low).reshape(()), highest=np.float32(high).reshape(()))
         for name, (low, high) in ranges.items()
     }
+    model = onnx.load_model_from_string(data)
+    give_own_tensors(model)
     quantizer = QDQQuantizer(
-        onnx.shape_inference.infer_shapes(onnx.load_model_from_string(data)),
+        onnx.shape_inference.infer_shapes(model),
         per_channel=True,
         reduce_range=False,
         weight_qType=quantization.QuantType.QInt8,
@@ -103,6 +105,21 @@ def _quantise(data: bytes, ranges: Ranges) -> bytes:
     quantizer.quantize_model()
     quantised: bytes = quantizer.model.model.SerializeToString()
     return quantised
+
+
+def give_own_tensors(model: Any) -> None:
+    """Replace what only passes a weight on by a copy of it: convolutions that share a bias would not be rounded.
+
+    torch's exporter lets equal tensors be one; those of a network that was not trained are often equal.
+    """
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.input[0] in tensors]:
+        own = type(tensors[node.input[0]])()
+        own.CopyFrom(tensors[node.input[0]])
+        own.name = node.output[0]
+        graph.initializer.append(own)
+        graph.node.remove(node)
 
 
 def _list_operators() -> list[str]:

@@ -131,16 +131,21 @@ def run_featcache(task: Task, backbone: Any) -> tuple[dict[str, float], NDArray[
     return {"seconds": seconds}, np.stack([by_path[path] for path in sorted(by_path)])
 
 
-def make_rows(task: Task, backbone: Any, n: int) -> Any:
-    """The first n images, decoded as the fast runtimes decode them."""
+def make_rows(task: Task, backbone: Any, n: int) -> tuple[Any, dict[str, Any]]:
+    """The first n images, decoded as the fast runtimes decode them, and the precision to compute in."""
     import torch
 
     from featcache.config import ExtractConfig
     from featcache.images import ImageRows, make_pixel_transform
+    from featcache.runtime import find_ranges
     from featcache.stages.provide_backbone import settle_execution
 
-    settled = settle_execution(backbone, ExtractConfig(), torch.device("cpu"), None)
-    return ImageRows(Path(), list_jpegs(task.images)[:n], transform=make_pixel_transform(settled.preprocessing))
+    settled = settle_execution(backbone, ExtractConfig(precision=task.precision), torch.device("cpu"), None)
+    transform, paths = make_pixel_transform(settled.preprocessing), list_jpegs(task.images)
+    precision = dict(settled.precision)
+    if precision["compute"] == "int8":
+        precision["ranges"] = find_ranges(backbone.network, ImageRows(Path(), paths[:32], transform=transform))
+    return ImageRows(Path(), paths[:n], transform=transform), precision
 
 
 def decode(task: Task, backbone: Any) -> tuple[dict[str, float], None]:
@@ -151,7 +156,7 @@ def decode(task: Task, backbone: Any) -> tuple[dict[str, float], None]:
 
     keep_freed_memory()
     torch.set_num_threads(1)
-    rows = make_rows(task, backbone, N_SOME)
+    rows, _ = make_rows(replace(task, precision="fp32"), backbone, N_SOME)
     started = time.perf_counter()
     for row in range(len(rows)):
         rows[row]
@@ -164,7 +169,7 @@ def run_network_alone(task: Task, backbone: Any) -> tuple[dict[str, float], None
 
     from featcache.runtime import prepare_execution
 
-    rows = make_rows(task, backbone, N_SOME)
+    rows, precision = make_rows(task, backbone, N_SOME)
     items = [rows[row] for row in range(len(rows))]
 
     class Kept(type(rows)):  # type: ignore[misc]
@@ -176,7 +181,9 @@ def run_network_alone(task: Task, backbone: Any) -> tuple[dict[str, float], None
     kept = Kept(rows.root, rows.paths, transform=rows.transform)
     started = time.perf_counter()
     runtime = task.what.removeprefix(NETWORK)
-    execution = prepare_execution(backbone.network, kept, device=torch.device("cpu"), runtime=runtime)
+    execution = prepare_execution(
+        backbone.network, kept, device=torch.device("cpu"), runtime=runtime, precision=precision
+    )
     ready = time.perf_counter()
     n = sum(len(output) for output in execution.run())
     return {"prepared": ready - started, "seconds": time.perf_counter() - ready, "images": n}, None
