@@ -138,7 +138,8 @@ class ExtractConfig(ImageSettings):
     batch_size
         Images per forward pass; None is 4 on a CPU, whose caches overflow soon, and 64 on a GPU.
     workers
-        Processes that decode images beside this one; None chooses from the machine.
+        Processes that decode images beside this one; on a CPU, of all runtimes but eager, threads that decode and run
+        the network. None chooses from the machine.
     device
         Where the network runs; "auto" is CUDA where there is one, else the CPU.
     runtime

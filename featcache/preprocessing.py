@@ -38,8 +38,8 @@ class Preprocessing:
     frames
         Of a clip, evenly spaced; 0 for pictures.
     decoder
-        "pillow" resizes with Pillow: the reference. "torch" resizes with torch what Pillow decoded: twice as fast, no
-        pixel more than one grey level off; bilinear only.
+        "pillow" resizes with Pillow: the reference. "torch" resizes with torch: half as long, no pixel more than
+        one grey level off; bilinear only.
     """
 
     resize: int | tuple[int, int]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from featcache.errors import OutputError
 from featcache.files import canonical_json, hash_bytes, write_atomically
@@ -25,7 +25,8 @@ PACKAGES = ("torch", "torchvision", "timm", "huggingface_hub", "efficientnet_lit
 MOST_ENTRIES = 1000  # the oldest are forgotten
 RACY_SECONDS = 2.0  # what was written just now might be written again within the same tick of the clock
 
-Stats: TypeAlias = list[int] | None  # inode, size and both times in nanoseconds; None where nothing is
+# Size, inode, modification and change time in nanoseconds, and the change time of a link to it; None where nothing is.
+Stats: TypeAlias = list[int] | None
 
 
 def is_known(request: Mapping[str, Any]) -> bool:
@@ -40,14 +41,26 @@ def is_known(request: Mapping[str, Any]) -> bool:
     return files is not None and all(look_at(path) == stats for path, stats in files.items())
 
 
-def keep_known(request: Mapping[str, Any], files: Sequence[Path]) -> None:
+class Start(NamedTuple):
+    """When something began, in seconds since 1970, and a digest of all that could have a say but its own files."""
+
+    time: float
+    surroundings: str
+
+
+def look_around() -> Start:
+    """To be called before anything is read whose outcome `keep_known` is told."""
+    return Start(time.time(), hash_surroundings())
+
+
+def keep_known(request: Mapping[str, Any], files: Sequence[Path], start: Start) -> None:
     """Remember that a request was found true, with the files that decide it beside the packages.
 
-    Nothing is kept if one of them was written just now, or where there is no place to keep it.
+    Nothing is kept if something was written since the start, or just before, or where there is no place to keep it.
     """
     stats = {str(path.absolute()): look_at(path) for path in files}
     newest = max((max(found[2:]) for found in stats.values() if found), default=0)
-    if newest / 1e9 > time.time() - RACY_SECONDS:
+    if newest / 1e9 > start.time - RACY_SECONDS or start.surroundings != hash_surroundings():
         return
     memory, key = read_memory(), hash_request(request)
     if memory.get(key) == stats:
@@ -62,8 +75,8 @@ def keep_known(request: Mapping[str, Any], files: Sequence[Path]) -> None:
 def memory_path() -> Path:
     """The file that holds it, in torch's folder of downloads: what it knows is true where those are."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = Path(os.environ.get("TORCH_HOME") or Path(caches, "torch")).expanduser()
-    return home / "hub" / "featcache" / "known.json"
+    home = os.path.expanduser(os.environ.get("TORCH_HOME") or f"{caches}/torch")  # noqa: PTH111 - where nobody has a home
+    return Path(home, "hub", "featcache", "known.json")
 
 
 def read_memory() -> dict[str, dict[str, Stats]]:
@@ -77,11 +90,15 @@ def read_memory() -> dict[str, dict[str, Stats]]:
 
 def hash_request(request: Mapping[str, Any]) -> str:
     """SHA-256 over a request and all that may answer it otherwise tomorrow, its own files aside."""
+    return hash_bytes(canonical_json([dict(request), hash_surroundings()]).encode())
+
+
+def hash_surroundings() -> str:
+    """SHA-256 over the packages that networks come from, featcache itself, the folder and the hub's settings."""
     origins = {name: find_origin(name) for name in PACKAGES}
     package = Path(__file__).parent
     sources = [str(path) for path in sorted(package.rglob("*.py"))]
     around = {
-        "request": dict(request),
         "folder": os.getcwd(),  # noqa: PTH109 - paths in the request may be relative
         "hub": {name: value for name, value in os.environ.items() if name.startswith("HF_")},
         "packages": {name: [origin, look_at(origin)] for name, origin in origins.items() if origin},
@@ -102,7 +119,7 @@ def find_origin(package: str) -> str | None:
 def look_at(path: Path | str) -> Stats:
     """What the file system says of a file, None if it is not there."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - a Path for each would cost more than the call
+        status, link = os.stat(path), os.lstat(path)  # noqa: PTH116 - a Path for each would cost more than the call
     except OSError:
         return None
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, link.st_ctime_ns]

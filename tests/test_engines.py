@@ -139,6 +139,37 @@ def test_pretrained_features_of_photographs_agree(runtime: str, hymenoptera: Pat
     assert find_errors(gather(backbone.network, fast, runtime=runtime), eager)[1] > 0.9999
 
 
+class Keeping(nn.Module):
+    """What a hook keeps, the network gives: threads must not be in it together."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.inside, self.seen, self.kept = inside, None, {}
+        self.pool.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self.inside:
+            self.kept["pool"] = output
+        else:
+            self.seen = output
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.pool(images)
+        sum(torch.ones(50, 50).matmul(torch.ones(50, 50)).sum() for _ in range(20))  # a while in which to be overtaken
+        return (self.kept["pool"] if self.inside else self.seen).flatten(1)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_network_that_keeps_things_is_in_one_thread_at_a_time(inside: bool, tmp_path: Path) -> None:
+    for i in range(80):
+        draw_photo(COLOURS["red"], seed=i).save(tmp_path / f"{i:02d}.jpg")
+    rows = make_rows(tmp_path, PLAIN)
+    eager = gather(Keeping(inside), rows, runtime="eager", batch_size=1)
+    fused = gather(Keeping(inside), rows, runtime="fused", batch_size=1, workers=4)
+    np.testing.assert_allclose(fused, eager, rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_that_is_too_small_is_filled_up_and_cut_again() -> None:
     seen = []
 

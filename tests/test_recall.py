@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import featcache
 from featcache import recall
 from featcache.backbones import load_backbone
 from featcache.errors import StaleCacheError
-from featcache.recall import is_known, keep_known, memory_path
+from featcache.recall import is_known, keep_known, look_around, memory_path
 from featcache.stages import provide_backbone
 
 NETWORK = {"backbone": "squeezenet1_1", "input_size": 32}
@@ -148,6 +149,7 @@ def test_what_the_cache_lost_is_computed_by_a_network_that_is_loaded_for_it(
     again = featcache.extract_features(photos, output, weights="none", **NETWORK)
     assert (again.computed, len(loads)) == (12, 2)
     assert featcache.verify_cache(output).damaged == ()
+    assert again.cache.provenance["device"] == "cpu"
 
 
 def test_the_users_own_code_and_network_are_never_taken_for_known(
@@ -184,7 +186,7 @@ def test_a_request_is_known_until_one_of_its_files_changes(home: Path, tmp_path:
     path, absent = tmp_path / "w.pth", tmp_path / "w.json"
     path.write_bytes(b"1")
     assert not is_known(REQUEST)
-    keep_known(REQUEST, [path, absent])
+    keep_known(REQUEST, [path, absent], look_around())
     assert is_known(REQUEST)
     assert not is_known({**REQUEST, "key": "b" * 64})
     absent.write_bytes(b"2")
@@ -204,14 +206,50 @@ def test_a_file_that_was_written_just_now_is_not_trusted(
     path = tmp_path / "w.pth"
     path.write_bytes(b"1")
     os.utime(path, (1e9, 1e9))  # the change time cannot be set
-    keep_known(REQUEST, [path])
+    keep_known(REQUEST, [path], look_around())
     assert not is_known(REQUEST)
+
+
+def test_what_changes_between_the_start_and_the_end_is_not_kept(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recall, "RACY_SECONDS", 0.0)
+    old, new, link = tmp_path / "old.pth", tmp_path / "new.pth", tmp_path / "w.pth"
+    old.write_bytes(b"1")
+    new.write_bytes(b"2")
+    link.symlink_to(old)
+    time.sleep(0.05)
+    start = look_around()
+    keep_known(REQUEST, [link], start)
+    assert is_known(REQUEST)
+    (home / "known.json").unlink()
+    link.unlink()
+    link.symlink_to(new)  # as old as the other one
+    keep_known(REQUEST, [link], start)
+    assert not is_known(REQUEST)
+    keep_known(REQUEST, [], start)
+    assert is_known(REQUEST)
+    (home / "known.json").unlink()
+    monkeypatch.setenv("HF_HOME", "elsewhere")
+    keep_known(REQUEST, [], start)
+    assert not is_known(REQUEST)
+
+
+def test_the_description_is_that_of_the_weights_that_are_named(
+    home: Path, photos: Path, tmp_path: Path, weights: Path
+) -> None:
+    other, output = tmp_path / "other.pth", tmp_path / "f.h5"
+    other.write_bytes(weights.read_bytes())
+    for path in (weights, weights, other, weights):
+        extraction = featcache.extract_features(photos, output, **{**NETWORK, "weights": str(path)})
+        assert extraction.cache.extractor["weights"]["requested"] == str(path)
+    assert extraction.computed == 0
 
 
 def test_an_upgrade_or_another_folder_or_hub_forgets(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_known(REQUEST, [])
+    keep_known(REQUEST, [], look_around())
     assert is_known(REQUEST)
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
@@ -232,20 +270,20 @@ def test_a_damaged_memory_costs_only_time(text: str, home: Path) -> None:
     home.mkdir()
     (home / "known.json").write_bytes(text.encode("latin-1"))
     assert not is_known(REQUEST)
-    keep_known(REQUEST, [])
+    keep_known(REQUEST, [], look_around())
     assert is_known(REQUEST)
 
 
 def test_a_place_that_cannot_be_written_costs_only_time(home: Path) -> None:
     home.write_text("a file where the folder should be")
-    keep_known(REQUEST, [])
+    keep_known(REQUEST, [], look_around())
     assert not is_known(REQUEST)
 
 
 def test_the_oldest_are_forgotten(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "MOST_ENTRIES", 3)
     for i in range(5):
-        keep_known({"i": i}, [])
+        keep_known({"i": i}, [], look_around())
     assert [is_known({"i": i}) for i in range(5)] == [False, False, True, True, True]
     assert len(json.loads((home / "known.json").read_text())) == 3
 

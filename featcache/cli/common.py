@@ -151,7 +151,8 @@ def split_options(
 
 machine_options = combine(
     option("--workers", type=click.IntRange(min=0), default=None, metavar="N",
-           help="Processes that decode images.  [default: from the cores]"),
+           help="Processes that decode images; for the fast runtimes on a CPU, threads that also run the network.  "
+           "[default: from the cores]"),
     option("--device", default=ExtractConfig.device, metavar="DEVICE", help=f"Where to run: {DEVICES}."),
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.decoding import close_helpers
-from featcache.errors import DeviceError
+from featcache.errors import DeviceError, MissingExtraError
 from featcache.extras import is_installed
 from featcache.images import ImageRows, choose_workers, count_cores, make_loader
 from featcache.runtime.devices import (
@@ -42,6 +42,7 @@ from featcache.runtime.devices import (
     select_device,
     spread_device,
     use_threads,
+    whole_float32,
 )
 from featcache.runtime.engines import (
     TOLERANCE,
@@ -210,8 +211,8 @@ def prepare_execution(
     engines = []
     for i, one in enumerate(spread_device(device)):
         there = (copy.deepcopy(network) if i else network).to(one)
-        if one.type == "cuda":  # half-precision convolutions want their weights in this order too
-            there = there.to(memory_format=torch.channels_last)
+        if one.type == "cuda" and not any(parameter.ndim == 5 for parameter in there.parameters()):
+            there = there.to(memory_format=torch.channels_last)  # half-precision convolutions want their weights so too
         model = Model(there, rows.make_normalisation(), torch.empty(0), one, precision)
         if chosen == "compile" and (image := find_image(rows)) is not None:
             engines.append(_make_or_say(chosen, replace(model, example=make_example(image, size)), 1))
@@ -224,7 +225,8 @@ def prepare_execution(
         batches = make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda")
         try:
             if device.type == "cuda":
-                yield from run_on_devices(engines, batches)
+                with whole_float32(compute == "float32"):
+                    yield from run_on_devices(engines, batches)
             else:
                 yield from run_in_turn(engines[0], batches, max(count_cores() - workers, 1))
         finally:
@@ -279,7 +281,7 @@ def _make_engine(
     model = replace(model, example=make_example(image, batch_size))
     try:
         return _make_or_say(chosen, model, n_threads), ""
-    except DeviceError as error:
+    except (DeviceError, MissingExtraError) as error:  # also a package that is there and cannot be imported
         if asked != "auto" or chosen == "fused" or precision["compute"] != "float32":
             raise
         return make_fused(model), f"{error}"

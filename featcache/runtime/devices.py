@@ -88,6 +88,17 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
+def whole_float32(wanted: bool) -> Iterator[None]:
+    """Without TF32, which torch otherwise takes for convolutions on CUDA: its errors are those of half precision."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before and not wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
 def use_threads(n: int) -> Iterator[None]:
     """So many threads inside each of torch's operators, meanwhile."""
     before = torch.get_num_threads()

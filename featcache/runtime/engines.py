@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,17 +123,22 @@ class TorchRun:
         In place of the model's own: the same, fused or compiled.
     order
         Of its images in memory.
+    alone
+        Whether it must not be in two threads at a time.
     """
 
-    def __init__(self, model: Model, network: Callable[[Tensor], Tensor], order: torch.memory_format) -> None:
+    def __init__(
+        self, model: Model, network: Callable[[Tensor], Tensor], order: torch.memory_format, *, alone: bool = False
+    ) -> None:
         self._network, self._device, self._order = network, model.device, order
         self._normalise = model.normalise.to(model.device)
         self._dtype = None if model.compute == "float32" else getattr(torch, model.compute)
+        self._turn = threading.Lock() if alone else contextlib.nullcontext()
 
     def __call__(self, pixels: Tensor) -> Values:
         """Features of one batch."""
         try:
-            with torch.inference_mode(), self._cast():
+            with self._turn, torch.inference_mode(), self._cast():
                 images = self._normalise(pixels.to(self._device, non_blocking=True))
                 order = self._order if images.ndim == 4 else torch.contiguous_format
                 values = self._network(images.contiguous(memory_format=order))
@@ -157,17 +163,37 @@ def make_eager(model: Model) -> Engine:
 
 def make_fused(model: Model) -> Engine:
     """BatchNorm folded, channels last; the network as it is where that is not the same."""
-    plain = Engine("fused", TorchRun(model, model.network, torch.contiguous_format))
+    alone = keeps_something(model)
+    plain = Engine("fused", TorchRun(model, model.network, torch.contiguous_format, alone=alone))
     if model.example.ndim != 4 or is_foreign(model.network):  # r3d_18 in channels-last order is a fifth slower
         return plain
     try:
         with torch.no_grad():
             images = model.normalise(model.example[:1])
-        engine = Engine("fused", TorchRun(model, fuse_network(model.network, images), torch.channels_last))
+        engine = Engine("fused", TorchRun(model, fuse_network(model.network, images), torch.channels_last, alone=alone))
         check_agreement(engine, model)
-    except (EngineError, RuntimeError):  # also a network that cannot take its images in this order
+    except Exception:  # noqa: BLE001 - a network that cannot be copied, watched, or given images in this order
         return plain
     return engine
+
+
+def keeps_something(model: Model) -> bool:
+    """Whether a network keeps what it computes in attributes of its modules, where threads would find each other's."""
+    before = _list_attributes(model.network)
+    with torch.inference_mode():
+        model.network(model.normalise(model.example[:1]))
+    return _list_attributes(model.network) != before
+
+
+def _list_attributes(network: nn.Module) -> dict[tuple[str, ...], int]:
+    """The identity of all that is in attributes, or in dictionaries that are attributes."""
+    found: dict[tuple[str, ...], int] = {}
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            found[name, key] = id(value)
+            if isinstance(value, dict):
+                found |= {(name, key, str(entry)): id(held) for entry, held in value.items()}
+    return found
 
 
 def make_compiled(model: Model) -> Engine:
@@ -181,10 +207,10 @@ def make_compiled(model: Model) -> Engine:
     from torch._inductor import config as inductor
 
     order = torch.channels_last if model.example.ndim == 4 else torch.contiguous_format
-    network = model.network.to(memory_format=order) if order is torch.channels_last else model.network
-    run = TorchRun(model, torch.compile(network, dynamic=False), order)
-    engine = Engine("compile", run, model.batch_size, model.device)
     try:
+        network = model.network.to(memory_format=order) if order is torch.channels_last else model.network
+        run = TorchRun(model, torch.compile(network, dynamic=False), order)
+        engine = Engine("compile", run, model.batch_size, model.device)
         # NOTE: torch compiles anew, and without these options, for another number of threads.
         with inductor.patch(freezing=model.device.type == "cpu"), use_threads(1), quiet():
             engine(model.example)

@@ -117,7 +117,8 @@ def run_on_devices(engines: Sequence[Engine], batches: Iterable[Batch]) -> Itera
         futures = (
             pools[i % len(pools)].submit(work, engines[i % len(engines)], batch) for i, batch in enumerate(batches)
         )
-        yield from _in_order(futures, (PER_DEVICE + 1) * len(engines))
+        with use_threads(1):  # NOTE: a compiled network is compiled again for another number
+            yield from _in_order(futures, (PER_DEVICE + 1) * len(engines))
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)

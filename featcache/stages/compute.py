@@ -97,7 +97,7 @@ def prepare_backbone(plan: Plan, digests: Sequence[str], config: ExtractConfig) 
         device=plan.device,
         runtime=config.runtime,
         precision=plan.backbone.precision,
-        n_images=len(plan.missing),
+        n_images=max(len(plan.missing), len(digests)),
         batch_size=config.batch_size,
         workers=config.workers,
     )

@@ -39,6 +39,7 @@ from featcache.dataset import (
 )
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
 from featcache.progress import SILENT, Progress
+from featcache.recall import look_around
 from featcache.runs import PeakMemory, describe_environment
 from featcache.stages.plan import Computed, Plan, plan_extraction, remember_extractor, say_kept, take_backbone
 
@@ -135,11 +136,12 @@ def extract_features(
     check_parts(output)
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
+        start = look_around()
         plan = plan_extraction(data, output, config, progress, keep=True, given=given)
         if plan.missing:
             plan = _equip(plan, config, progress)
         extraction = _carry_out(plan, config, progress, started, memory)
-        remember_extractor(plan, config)
+        remember_extractor(plan, config, start)
         return extraction
 
 
@@ -165,6 +167,8 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
             )
         missing = find_missing(plan.listing, _make_table(plan, sources, plan.parts))
+        if missing:  # damaged rows may be among them
+            plan = _equip(plan, config, progress)
         computed = _compute_rows(plan, missing, config, progress)
         bad = [*plan.listing.bad, *computed.bad]
         if bad and not config.skip_bad:
@@ -196,7 +200,7 @@ def _compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, pro
         return Computed([], [], 0)
     from featcache.stages.compute import compute_rows
 
-    return compute_rows(_equip(plan, config, progress), digests, config, progress)
+    return compute_rows(plan, digests, config, progress)
 
 
 def find_missing(listing: Listing, table: RowTable) -> list[str]:

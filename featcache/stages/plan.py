@@ -39,7 +39,7 @@ from featcache.dataset import (
 )
 from featcache.errors import BadImage, SettingsError, StaleCacheError
 from featcache.progress import SILENT, Progress
-from featcache.recall import is_known, keep_known
+from featcache.recall import Start, is_known, keep_known
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,13 @@ def plan_extraction(
     if old and not explain and not config.force:
         _check_name(old, output, config)
     backbone, device = None, None
-    if old and given is None and not config.force and not config.rehash and is_known(_make_request(config, old.key)):
+    if (
+        old
+        and given is None
+        and not config.force
+        and not config.rehash
+        and is_known(_make_request(config, old.extractor))
+    ):
         extractor = dict(old.extractor)
     else:
         from featcache.stages.provide_backbone import provide_settled
@@ -204,16 +210,16 @@ def _check_name(old: FeatureCache, output: Path, config: ExtractConfig) -> None:
         )
 
 
-def _make_request(config: ExtractConfig, key: str) -> dict[str, Any]:
-    """Settings that want an extractor, and the key of a cache; they are remembered if that is the one they want."""
+def _make_request(config: ExtractConfig, extractor: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that want an extractor, and that of a cache; they are remembered if that is the one they want."""
     settings = {name: value for name, value in asdict(config).items() if name not in WITHOUT_SAY}
-    return {**settings, "key": key}
+    return {**settings, "extractor": dict(extractor)}
 
 
-def remember_extractor(plan: Plan, config: ExtractConfig) -> None:
+def remember_extractor(plan: Plan, config: ExtractConfig, start: Start) -> None:
     """Keep in mind that these settings stand for the extractor of the cache that is there now."""
     if plan.backbone and plan.backbone.files is not None:
-        keep_known(_make_request(config, plan.key), plan.backbone.files)
+        keep_known(_make_request(config, plan.extractor), plan.backbone.files, start)
 
 
 def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone | None]:

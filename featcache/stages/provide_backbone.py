@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featcache.backbones import Backbone, load_backbone
-from featcache.cache import FeatureCache, open_cache
+from featcache.cache import FeatureCache, key_parts, open_cache
 from featcache.config import PRECISIONS, ExtractConfig, is_imported
 from featcache.dataset import Listing
 from featcache.errors import SettingsError
@@ -71,7 +71,7 @@ def settle_execution(
     backbone, config, device
         What computes, how and where.
     example
-        The extractor of a cache whose rows are wanted.
+        The extractor of a cache whose rows may be wanted; its precision counts if it is otherwise the same.
 
     Raises
     ------
@@ -80,6 +80,8 @@ def settle_execution(
     """
     images = backbone.preprocessing
     made_with = Preprocessing.from_json(example["preprocessing"]).decoder if example else None
+    if made_with == "torch" and images.interpolation not in TORCH_INTERPOLATIONS:
+        made_with = None
     usual = "pillow" if config.runtime == "eager" or images.interpolation not in TORCH_INTERPOLATIONS else "torch"
     decoder = config.decoder or made_with or usual
     if decoder == "torch" and images.interpolation not in TORCH_INTERPOLATIONS:
@@ -88,12 +90,23 @@ def settle_execution(
             f"{images.interpolation}; use --decoder pillow"
         )
     precision = {"compute": "float16" if device.type == "cuda" else "float32"}
-    if example:
+    if example and _differ_in_execution(example, backbone.describe()):
         precision = {name: value for name, value in example["precision"].items() if name != "stored"}
     if config.precision and PRECISIONS[config.precision] != precision["compute"]:
         precision = {"compute": PRECISIONS[config.precision]}
     choose_runtime(config.runtime, device, network=backbone.network, compute=precision["compute"])  # is there such?
     return replace(backbone, preprocessing=replace(images, decoder=decoder), precision=precision)
+
+
+def _differ_in_execution(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two extractors differ in decoder and precision at most."""
+
+    def drop(extractor: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {name: value for name, value in key_parts(extractor).items() if name != "precision"}
+        images = {name: value for name, value in parts["preprocessing"].items() if name != "decoder"}
+        return {**parts, "preprocessing": images}
+
+    return drop(one) == drop(other)
 
 
 def calibrate(backbone: Backbone, listing: Listing, config: ExtractConfig, progress: Progress) -> Backbone:
@@ -121,7 +134,7 @@ def _list_first_split(listing: Listing) -> tuple[Sequence[str], Sequence[str]]:
 
 def find_example(old: FeatureCache | None, config: ExtractConfig) -> Mapping[str, Any] | None:
     """The extractor of the cache whose rows are wanted, if there is one."""
-    if old and not config.force and not is_imported(old.extractor["backbone"]):
+    if old and not is_imported(old.extractor["backbone"]):
         return old.extractor
     caches = (open_cache(path).extractor for path in config.reuse)
     return next((extractor for extractor in caches if not is_imported(extractor["backbone"])), None)
