@@ -24,8 +24,10 @@ NOUNS: dict[str, set[str]] = {
     "fetching": set(),
     "clips": {"dataset", "decoding"},  # the order of a folder's frames; a frame from a file's bytes, the helpers
     "preprocessing": {"clips", "decoding"},  # the rules of decoding, in words
-    "images": {"clips", "dataset", "decoding", "preprocessing"},  # frames; digests; an image from bytes; what to do
+    # frames; digests; an image from bytes; what to do; which random views
+    "images": {"clips", "dataset", "decoding", "preprocessing", "views"},
     "metrics": set(),
+    "views": set(),
     "recall": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": set(),
@@ -34,7 +36,8 @@ NOUNS: dict[str, set[str]] = {
     "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights
     "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
     "heads": {"metrics"},  # probabilities from logits
-    "cache": {"dataset", "preprocessing"},  # Split and Listing: which image a row is; what is usual, for people
+    # Split and Listing: which image a row is; what is usual, for people; which views there are
+    "cache": {"dataset", "preprocessing", "views"},
     "report": {"metrics", "runs"},  # RunRecords in, numbers out
     "bundle": {
         "backbones",

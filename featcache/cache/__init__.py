@@ -14,8 +14,12 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
     │           columns_sha256     JSON: SHA-256 of every column below
     │           content_sha256     SHA-256 of classes, key and columns but `stats`: equal caches have equal ones
     │           attributes_sha256  SHA-256 of those six
+    │           views              JSON, only where there are some: random views of each training image and of each
+    │                              other one, their seed and recipe; its SHA-256 is among columns_sha256
     ├── train/  features         (N, D) float32 or float16, in one piece: can be memory-mapped
     │           features_sha256  (N / 4096,) 64 bytes, SHA-256 of every 4,096 rows of features, in hexadecimal
+    │           views            (N, K, D) as features, only where there are some: of K random views of each image
+    │           views_sha256     (N / (4096 // K),) 64 bytes, SHA-256 of the views of every 4096 // K images
     │           labels           (N,)   int64
     │           paths            (N,)   bytes, file names as the system has them, relative to the data folder
     │           digests          (N,)   64 bytes, SHA-256 of each image file in hexadecimal

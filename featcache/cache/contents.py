@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featcache.cache.key import hash_extractor
 from featcache.dataset import Listing, Split
 from featcache.files import canonical_json, hash_bytes
+from featcache.views import NO_VIEWS, Views
 
 SCHEMA = 2
 STORED_TYPES = {"float32": "<f4", "float16": "<f2"}
@@ -20,14 +21,14 @@ BLOCK_ROWS = 4096
 
 
 class Rows(Protocol):
-    """Features (N, D) that give a slice of rows as an array: an array itself, or something that fetches them."""
+    """Features (N, D), or of K views (N, K, D), that give a slice of rows as an array: one, or what fetches them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, D)."""
+        """(N, D) or (N, K, D)."""
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        """(n, D) of these rows."""
+        """(n, D) or (n, K, D) of these rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +36,12 @@ class FeatureSplit:
     """One split of a cache: its images' listing and their features (N, D), row by row.
 
     `features` is float32 in memory if `read_cache` gave it; mapped from the file, in the stored precision, if
-    `open_cache` did.
+    `open_cache` did. So are `views`, the features (N, K, D) of K random views of each image; None where there are none.
     """
 
     listing: Split
     features: Any
+    views: Any = None
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -60,8 +62,10 @@ class FeatureCache:
     provenance
         Where it came from and what it cost; decides nothing.
     content_sha256
-        Digest of classes, key, listing and features, if it came from a file: equal caches have equal ones, whatever
-        their provenance.
+        Digest of classes, key, listing, features and views, if it came from a file: equal caches have equal ones,
+        whatever their provenance.
+    views
+        How many random views of each image there are, and which.
     """
 
     classes: tuple[str, ...]
@@ -69,6 +73,7 @@ class FeatureCache:
     splits: dict[str, FeatureSplit]
     provenance: dict[str, Any]
     content_sha256: str = ""
+    views: Views = NO_VIEWS
 
     @property
     def key(self) -> str:
@@ -79,6 +84,11 @@ class FeatureCache:
     def dim(self) -> int:
         """D, features per image."""
         return int(self.splits["train"].features.shape[1])
+
+    @property
+    def n_views(self) -> int:
+        """Views of all images together."""
+        return sum(len(split) * self.views.count(name) for name, split in self.splits.items())
 
     @property
     def stored(self) -> str:
@@ -105,6 +115,15 @@ class FeatureCache:
 def stored_precision(extractor: Mapping[str, Any]) -> str:
     """How an extractor's features are stored, "float32" or "float16"."""
     return str(extractor["precision"]["stored"])
+
+
+def count_block(shape: tuple[int, ...]) -> int:
+    """How many images share a digest of their features: BLOCK_ROWS, of K views (N, K, D) as many as make that many.
+
+    >>> count_block((100_000, 512)), count_block((100_000, 5, 512))
+    (4096, 819)
+    """
+    return max(BLOCK_ROWS // shape[1], 1) if len(shape) == 3 else BLOCK_ROWS
 
 
 def hash_content(classes: tuple[str, ...], key: str, columns_sha256: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ from featcache.cache.contents import (
     STORED_TYPES,
     FeatureCache,
     FeatureSplit,
+    count_block,
     hash_content,
     stored_precision,
 )
@@ -37,10 +38,12 @@ from featcache.config import ExtractConfig, ImportConfig, is_imported
 from featcache.dataset import SPLITS, STATS, Split
 from featcache.errors import CacheError
 from featcache.files import canonical_json, hash_bytes
+from featcache.views import NO_VIEWS, Views
 
 TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
 COLUMNS = ("features", "features_sha256", "labels", "paths", "digests", "stats")
 SMALL_COLUMNS = COLUMNS[1:]
+VIEWS = "views"  # of features (N, K, D), and the attribute that says which these are; only where there are some
 CURE = "extract again with --force, or elsewhere with -o"
 READ_ROWS = 4 * BLOCK_ROWS  # at a time: one block for each of a few cores
 MAX_DEPTH = 20  # of JSON
@@ -74,13 +77,19 @@ def read_cache(path: Path | str) -> FeatureCache:
         cache = reader.cache
         splits = {}
         for name, split in cache.splits.items():
-            features = np.empty(split.features.shape, np.float32)
-            for start, rows in reader.iterate_features(name):
-                if damaged := reader.find_damage(name, rows, start):
-                    raise CacheError(_say_damage(reader.path, name, damaged[0], cache.provenance))
-                features[start : start + len(rows)] = rows
-            splits[name] = FeatureSplit(listing=split.listing, features=features)
+            values = {column: _read_checked(reader, name, column) for column in reader.list_features(name)}
+            splits[name] = FeatureSplit(listing=split.listing, **values)
         return replace(cache, splits=splits)
+
+
+def _read_checked(reader: CacheReader, split: str, column: str) -> NDArray[np.float32]:
+    """The features, or views, of a split as float32, if they are those that were written."""
+    values = np.empty(reader.shape_of(split, column), np.float32)
+    for start, rows in reader.iterate_features(split, column):
+        if damaged := reader.find_damage(split, rows, start, column):
+            raise CacheError(_say_damage(reader.path, f"{split}/{column}", damaged[0], reader.provenance))
+        values[start : start + len(rows)] = rows
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,8 @@ class Verification:
         (split, first row, row after the last) of features that are not those that were written, or no finite numbers.
     cure
         The command that computes them again.
+    damaged_views
+        The same of the features of views: rows whose views cannot all be used.
     """
 
     path: Path
@@ -106,9 +117,20 @@ class Verification:
     bytes: int
     cure: str
     damaged: tuple[tuple[str, int, int], ...]
+    damaged_views: tuple[tuple[str, int, int], ...] = ()
 
     def __bool__(self) -> bool:
-        return not self.damaged
+        return not self.damaged and not self.damaged_views
+
+    @property
+    def problems(self) -> list[str]:
+        """What is damaged, in words."""
+        columns = {"features": self.damaged, VIEWS: self.damaged_views}
+        return [
+            f"{name}/{column} rows {start} to {stop - 1}"
+            for column, damaged in columns.items()
+            for name, start, stop in damaged
+        ]
 
 
 def verify_cache(path: Path | str) -> Verification:
@@ -121,16 +143,18 @@ def verify_cache(path: Path | str) -> Verification:
     """
     with CacheReader(path) as reader:
         reader.check_columns()
-        damaged = []
+        damaged: dict[str, list[tuple[str, int, int]]] = {"features": [], VIEWS: []}
         for name in reader.lengths:
-            for start, rows in reader.iterate_features(name):
-                damaged += [(name, *block) for block in reader.find_damage(name, rows, start)]
+            for column in reader.list_features(name):
+                for start, rows in reader.iterate_features(name, column):
+                    damaged[column] += [(name, *block) for block in reader.find_damage(name, rows, start, column)]
         return Verification(
             path=reader.path,
             rows=sum(reader.lengths.values()),
             bytes=reader.path.stat().st_size,
             cure=format_cure(reader.path, reader.provenance),
-            damaged=tuple(damaged),
+            damaged=tuple(damaged["features"]),
+            damaged_views=tuple(damaged[VIEWS]),
         )
 
 
@@ -171,6 +195,8 @@ class CacheReader:
         Rows in each split.
     provenance
         Where the cache came from.
+    views
+        How many random views of each image there are, and which.
 
     Raises
     ------
@@ -188,9 +214,14 @@ class CacheReader:
                 self._extractor = self._load_json("extractor", dict)
                 self._columns_sha256 = self._load_json("columns_sha256", dict)
                 self._check_texts()
+                self.views = self._read_views()
                 self._columns = {name: self._find_columns(name) for name in self._find_splits()}
                 self.lengths = {name: len(columns["features"]) for name, columns in self._columns.items()}
-                self._blocks = {name: self._read_blocks(name) for name in self._columns}
+                self._blocks = {
+                    (name, column): self._read_blocks(name, column)
+                    for name in self._columns
+                    for column in self.list_features(name)
+                }
         except BaseException:
             self._stack.close()
             raise
@@ -219,6 +250,7 @@ class CacheReader:
                 splits={name: self._read_split(name) for name in self.lengths},
                 provenance=self.provenance,
                 content_sha256=self._texts["content_sha256"],
+                views=self.views,
             )
 
     def check_columns(self) -> None:
@@ -228,24 +260,43 @@ class CacheReader:
                 for column in SMALL_COLUMNS:
                     self._read_column(name, column)
 
-    def read_features(self, split: str, start: int, stop: int, *, into: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows of a split (stop - start, D) in the stored precision, unchecked; perhaps into an array that is there."""
+    def list_features(self, split: str) -> list[str]:
+        """The columns of features of a split: "features", and "views" where it has some."""
+        return ["features", *([VIEWS] if self.views.count(split) else [])]
+
+    def shape_of(self, split: str, column: str = "features") -> tuple[int, ...]:
+        """(N, D) of features, (N, K, D) of views."""
+        return tuple(self._columns[split][column].shape)
+
+    def read_features(
+        self, split: str, start: int, stop: int, column: str = "features", *, into: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """Rows of a split (stop - start, D) in the stored precision, unchecked; perhaps into an array that is there.
+
+        Of the column "views" (stop - start, K, D).
+        """
         with explain_errors(self.path):
-            column = self._columns[split]["features"]
-            n = max(min(stop, len(column)) - start, 0)
-            rows: NDArray[Any] = np.empty((n, column.shape[1]), column.dtype) if into is None else into[:n]
+            there = self._columns[split][column]
+            n = max(min(stop, len(there)) - start, 0)
+            rows: NDArray[Any] = np.empty((n, *there.shape[1:]), there.dtype) if into is None else into[:n]
             if n:
-                column.read_direct(rows, np.s_[start : start + n])
+                there.read_direct(rows, np.s_[start : start + n])
             return rows
 
-    def iterate_features(self, split: str) -> Iterator[tuple[int, NDArray[Any]]]:
-        """All rows of a split in pieces (n, D), each with its first row's number; one array is used for all pieces."""
-        n, column = self.lengths[split], self._columns[split]["features"]
-        piece = np.empty((min(n, READ_ROWS), column.shape[1]), column.dtype)  # new memory would cost more than reading
-        for start in range(0, n, READ_ROWS):
-            yield start, self.read_features(split, start, start + READ_ROWS, into=piece)
+    def iterate_features(self, split: str, column: str = "features") -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows of a split in pieces (n, D), each with its first row's number; one array is used for all pieces.
 
-    def find_damage(self, split: str, features: NDArray[Any], start: int = 0) -> list[tuple[int, int]]:
+        Of the column "views" (n, K, D).
+        """
+        n, there = self.lengths[split], self._columns[split][column]
+        step = READ_ROWS // BLOCK_ROWS * count_block(there.shape)
+        piece = np.empty((min(n, step), *there.shape[1:]), there.dtype)  # new memory would cost more than reading
+        for start in range(0, n, step):
+            yield start, self.read_features(split, start, start + step, column, into=piece)
+
+    def find_damage(
+        self, split: str, features: NDArray[Any], start: int = 0, column: str = "features"
+    ) -> list[tuple[int, int]]:
         """Which blocks of rows are not those that were written, or no numbers, as (first row, row after the last).
 
         Parameters
@@ -253,16 +304,19 @@ class CacheReader:
         split
             Name of the split.
         features
-            (n, D), read from it.
+            (n, D), or (n, K, D) of views, read from it.
         start
-            The first of these rows, a multiple of BLOCK_ROWS.
+            The first of these rows, a multiple of a block's.
+        column
+            "features" or "views".
         """
-        first = start // BLOCK_ROWS
-        expected = self._blocks[split][first : first + -(-len(features) // BLOCK_ROWS)]
+        block = count_block(features.shape)
+        first = start // block
+        expected = self._blocks[split, column][first : first + -(-len(features) // block)]
         return [
-            (start + i * BLOCK_ROWS, min(start + (i + 1) * BLOCK_ROWS, start + len(features)))
+            (start + i * block, min(start + (i + 1) * block, start + len(features)))
             for i, (found, wanted) in enumerate(zip(hash_blocks(features), expected, strict=True))
-            if found != wanted or not np.isfinite(features[i * BLOCK_ROWS : (i + 1) * BLOCK_ROWS]).all()
+            if found != wanted or not np.isfinite(features[i * block : (i + 1) * block]).all()
         ]
 
     def _check_texts(self) -> None:
@@ -281,6 +335,16 @@ class CacheReader:
             raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; {CURE}")
         self._n_classes = len(classes)
 
+    def _read_views(self) -> Views:
+        """Which views there are, by an attribute whose digest is among those of the columns."""
+        expected = self._columns_sha256.get(VIEWS)
+        if expected is None and VIEWS not in self._file.attrs:
+            return NO_VIEWS
+        text = str(_read_plain(self._file, VIEWS, self.path)) if VIEWS in self._file.attrs else ""
+        if hash_bytes(text.encode()) != expected:
+            raise CacheError(f"{self.path} is damaged: its attribute views is not what was written; {CURE}")
+        return Views.from_json(load_json(text, dict, VIEWS, self.path))
+
     def _load_json(self, name: str, kind: type[Any]) -> Any:
         return load_json(self._texts[name], kind, name, self.path)
 
@@ -291,7 +355,8 @@ class CacheReader:
         return names
 
     def _find_columns(self, name: str) -> dict[str, h5py.Dataset]:
-        columns = {column: find_column(self._file, f"{name}/{column}", self.path) for column in COLUMNS}
+        more = (VIEWS, f"{VIEWS}_sha256") if self.views.count(name) else ()
+        columns = {column: find_column(self._file, f"{name}/{column}", self.path) for column in (*COLUMNS, *more)}
         features, stored = columns["features"], stored_precision(self._extractor)
         if (features.shape[1], features.dtype.str) != (self._extractor["dim"], STORED_TYPES.get(stored)):
             raise CacheError(
@@ -304,13 +369,27 @@ class CacheReader:
             raise CacheError(f"{self.path} is damaged: the columns of {name} differ in length; {CURE}")
         if columns["stats"].shape[1] != len(STATS):
             raise CacheError(f"{self.path} is damaged: {name}/stats is {columns['stats'].shape}; {CURE}")
+        if more:
+            self._check_views(name, columns)
         return columns
 
-    def _read_blocks(self, name: str) -> list[str]:
-        """The digests of the blocks of features."""
-        blocks = [text.decode("ascii") for text in self._read_column(name, "features_sha256").tolist()]
-        if hash_bytes("".join(blocks).encode()) != self._columns_sha256.get(f"{name}/features"):
-            raise CacheError(f"{self.path} is damaged: {name}/features_sha256 is not what was written; {CURE}")
+    def _check_views(self, name: str, columns: Mapping[str, h5py.Dataset]) -> None:
+        """Raise a CacheError if the views of a split are not as many, of such features, as the file states."""
+        features, views = columns["features"], columns[VIEWS]
+        expected = (len(features), self.views.count(name), features.shape[1])
+        if (views.shape, views.dtype) != (expected, features.dtype):
+            raise CacheError(
+                f"{self.path} is damaged: {name}/views is {views.dtype} {views.shape}, expected {features.dtype} "
+                f"{expected}; {CURE}"
+            )
+        if len(columns[f"{VIEWS}_sha256"]) != -(-len(views) // count_block(views.shape)):
+            raise CacheError(f"{self.path} is damaged: {name}/views_sha256 is not of the length of its views; {CURE}")
+
+    def _read_blocks(self, name: str, column: str) -> list[str]:
+        """The digests of the blocks of features, or of views."""
+        blocks = [text.decode("ascii") for text in self._read_column(name, f"{column}_sha256").tolist()]
+        if hash_bytes("".join(blocks).encode()) != self._columns_sha256.get(f"{name}/{column}"):
+            raise CacheError(f"{self.path} is damaged: {name}/{column}_sha256 is not what was written; {CURE}")
         return blocks
 
     def _read_split(self, name: str) -> FeatureSplit:
@@ -320,8 +399,11 @@ class CacheReader:
             digests=tuple(str(value, "ascii") for value in self._read_column(name, "digests").tolist()),
             stats=self._read_column(name, "stats").astype(np.int64),
         )
-        features = map_features(self._columns[name]["features"], self._stream, self.path)
-        return FeatureSplit(listing=listing, features=features)
+        values = {
+            column: map_features(self._columns[name][column], self._stream, self.path)
+            for column in self.list_features(name)
+        }
+        return FeatureSplit(listing=listing, **values)
 
     def _read_column(self, name: str, column: str) -> NDArray[Any]:
         """A small column, if it is what was written and makes sense."""
@@ -347,12 +429,13 @@ def _find_stray_path(paths: NDArray[np.bytes_]) -> bytes | None:
 
 
 def hash_blocks(features: NDArray[Any]) -> list[str]:
-    """SHA-256 of every BLOCK_ROWS rows of features (N, D), in hexadecimal; hashed on all cores."""
+    """SHA-256 of every block of features (N, D), or of views (N, K, D), in hexadecimal; hashed on all cores."""
+    block = count_block(features.shape)
 
     def hash_one(start: int) -> str:
-        return hash_bytes(np.ascontiguousarray(features[start : start + BLOCK_ROWS]).data)
+        return hash_bytes(np.ascontiguousarray(features[start : start + block]).data)
 
-    starts = range(0, len(features), BLOCK_ROWS)
+    starts = range(0, len(features), block)
     if len(starts) < 2:
         return [hash_one(start) for start in starts]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -429,9 +512,10 @@ def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     if not isinstance(group, h5py.Dataset) or group.is_virtual or group.external:
         raise CacheError(f"{path} is not a feature cache: {name} is not stored in it; {CURE}")
     column = name.rpartition("/")[2]
-    kinds = {"features": ("<f4", "<f2"), "labels": ("<i8",), "stats": ("<i8",)}.get(column)
+    floats = ("<f4", "<f2")
+    kinds = {"features": floats, VIEWS: floats, "labels": ("<i8",), "stats": ("<i8",)}.get(column)
     right_kind = group.dtype.kind == "S" if kinds is None else group.dtype.str in kinds
-    if group.ndim != (2 if column in ("features", "stats") else 1) or not right_kind:
+    if group.ndim != {"features": 2, "stats": 2, VIEWS: 3}.get(column, 1) or not right_kind:
         raise CacheError(f"{path} is not a feature cache: {name} is {group.dtype} {group.shape}; {CURE}")
     if group.chunks is not None:  # or a small file could hold gigabytes
         raise CacheError(f"{path} is not a feature cache: {name} is in chunks, not in one piece; {CURE}")
@@ -526,9 +610,9 @@ def _is_colour(value: Any) -> bool:
     return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(number, float | int) for number in value)
 
 
-def _say_damage(path: Path, split: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
+def _say_damage(path: Path, column: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
     return (
-        f"{path} is damaged: {split}/features rows {rows[0]} to {rows[1] - 1} are not what was written; "
+        f"{path} is damaged: {column} rows {rows[0]} to {rows[1] - 1} are not what was written; "
         f"`{format_cure(path, provenance)}` makes them again"
     )
 

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache.parts import Part
-from featcache.cache.reading import READ_ROWS, CacheReader
+from featcache.cache.reading import READ_ROWS, VIEWS, CacheReader
 from featcache.dataset import Digests
+from featcache.views import NO_VIEWS, Views
 
 
 class Source(Protocol):
@@ -27,27 +28,34 @@ class Source(Protocol):
 class SplitSource:
     """The rows of one split of an open cache, but those in damaged blocks and those that `dtype` cannot hold.
 
+    Of the column "views" each view of each image is a row: image after image, view after view.
+
     Attributes
     ----------
     damaged
-        (first row, row after the last) of each such block.
+        (first row, row after the last) of each such block, in rows of the file.
     """
 
-    def __init__(self, reader: CacheReader, split: str, dtype: str) -> None:
-        self._reader, self._split = reader, split
-        self.digests = np.array(reader.cache.splits[split].listing.digests, dtype="S64")
+    def __init__(self, reader: CacheReader, split: str, dtype: str, column: str = "features") -> None:
+        self._reader, self._split, self._column = reader, split, column
+        n = self._each = reader.views.count(split) if column == VIEWS else 1
+        names = reader.views.name_rows(reader.cache.splits[split].listing.digests, n if column == VIEWS else 0)
+        self.digests = names[:, -n:].reshape(-1)
         self.damaged: list[tuple[int, int]] = []
-        for start, features in reader.iterate_features(split):
-            self.damaged += reader.find_damage(split, features, start)
+        for start, features in reader.iterate_features(split, column):
+            self.damaged += reader.find_damage(split, features, start, column)
             with np.errstate(over="ignore"):
-                usable = np.isfinite(features.astype(dtype, copy=False)).all(axis=1)
-            self.digests[start : start + len(features)][~usable] = b""
+                usable = np.isfinite(features.astype(dtype, copy=False)).all(axis=-1).reshape(-1)
+            self.digests[start * n : start * n + len(usable)][~usable] = b""
         for start, stop in self.damaged:
-            self.digests[start:stop] = b""
+            self.digests[start * n : stop * n] = b""
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Features (stop - start, D)."""
-        return self._reader.read_features(self._split, start, stop)
+        n = self._each
+        first = start // n
+        rows = self._reader.read_features(self._split, first, -(-stop // n), self._column)
+        return rows.reshape(-1, rows.shape[-1])[start - first * n : stop - first * n]
 
 
 class PartSource:
@@ -112,33 +120,48 @@ def _split_windows(
 
 
 class GatheredRows:
-    """Rows of a table in a certain order, as features (N, D) that are fetched slice by slice."""
+    """Rows of a table in a certain order, as features (N, D) that are fetched slice by slice.
+
+    Positions (N, K) give the views of images, (N, K, D).
+    """
 
     def __init__(self, table: RowTable, positions: NDArray[np.int64], dim: int) -> None:
         self._table, self._positions = table, positions
-        self.shape = (len(positions), dim)
+        self.shape = (*positions.shape, dim)
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, rows: slice) -> NDArray[Any]:
-        """(n, D) of these rows."""
-        return self._table.read(self._positions[rows])
+        """(n, D) of these rows, or (n, K, D)."""
+        positions = self._positions[rows]
+        return self._table.read(positions.reshape(-1)).reshape(*positions.shape, self.shape[-1])
 
 
 @contextlib.contextmanager
-def open_sources(caches: Sequence[Path], dtype: str) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
+def open_sources(
+    caches: Sequence[Path], dtype: str, views: Views = NO_VIEWS
+) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
     """The rows of finished caches, as long as the block lasts.
 
     Every block of features is compared with its digest first: damaged rows are as good as none, and so are those that
     are no finite numbers in the type in which they are wanted.
 
+    Parameters
+    ----------
+    caches
+        Their files.
+    dtype
+        Type in which the rows are wanted.
+    views
+        Those that are wanted: a cache's own are looked at if they are of the same seed and recipe.
+
     Returns
     -------
     sources
-        One for each split of each cache.
+        One for each split of each cache, and one for its views.
     damaged
-        (file, split, first row, row after the last) of what is not what was written.
+        (file, split, first row, row after the last) of what is not what was written; of views "views of" the split.
 
     Raises
     ------
@@ -150,8 +173,11 @@ def open_sources(caches: Sequence[Path], dtype: str) -> Iterator[tuple[list[Sour
     with contextlib.ExitStack() as stack:
         for path in caches:
             reader = stack.enter_context(CacheReader(path))
+            alike = bool(views) and reader.views.is_like(views)
             for split in reader.cache.splits:
-                source = SplitSource(reader, split, dtype)
-                damaged += [(path, split, *rows) for rows in source.damaged]
-                sources.append(source)
+                for column in reader.list_features(split) if alike else ["features"]:
+                    source = SplitSource(reader, split, dtype, column)
+                    where = f"views of {split}" if column == VIEWS else split
+                    damaged += [(path, where, *rows) for rows in source.damaged]
+                    sources.append(source)
         yield sources, damaged

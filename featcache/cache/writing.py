@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache.contents import (
-    BLOCK_ROWS,
     SCHEMA,
     STORED_TYPES,
     FeatureCache,
     FeatureSplit,
     Rows,
+    count_block,
     hash_content,
 )
-from featcache.cache.reading import hash_blocks, hash_texts, verify_cache
+from featcache.cache.reading import VIEWS, hash_blocks, hash_texts, verify_cache
 from featcache.dataset import Split
 from featcache.errors import CacheError, OutputError
-from featcache.files import NewFile, hash_bytes, hold_interrupts, replace_atomically
+from featcache.files import NewFile, canonical_json, hash_bytes, hold_interrupts, replace_atomically
 
 # Of the features that are gathered at a time. Rows in another order than their sources' are looked for once per such
 # piece, so that it should be large; it is what an assembly needs of memory.
@@ -62,10 +63,13 @@ def write_cache(path: Path, cache: FeatureCache) -> FeatureCache:
             for name, split in cache.splits.items():
                 for column, digest in _write_split(file, sink, name, split, STORED_TYPES[cache.stored]).items():
                     columns_sha256[f"{name}/{column}"] = digest
+            views = canonical_json(cache.views.to_json()) if cache.views else ""
+            if views:
+                columns_sha256[VIEWS] = hash_bytes(views.encode())
             content = hash_content(cache.classes, cache.key, columns_sha256)
             with hold_interrupts():
-                _write_texts(file, cache, columns_sha256, content)
-        if damage := verify_cache(new.path).damaged:
+                _write_texts(file, cache, columns_sha256, content, views)
+        if damage := verify_cache(new.path).problems:
             raise CacheError(f"{path} was not written as it should be ({damage[0]}): the disk or the memory is faulty")
     return replace(cache, content_sha256=content)
 
@@ -74,9 +78,10 @@ def estimate_bytes(cache: FeatureCache) -> int:
     """About how large the file will be."""
     width = np.dtype(STORED_TYPES[cache.stored]).itemsize
     total = 0
-    for split in cache.splits.values():
+    for name, split in cache.splits.items():
         longest = max(map(len, split.listing.paths), default=1)
-        total += len(split) * (int(split.features.shape[1]) * width + 8 + longest + 64 + 32)
+        features = (1 + cache.views.count(name)) * int(split.features.shape[1])
+        total += len(split) * (features * width + 8 + longest + 64 + 32)
     texts = json.dumps([cache.classes, cache.extractor, cache.provenance])
     return total + len(texts) + 6000
 
@@ -94,10 +99,13 @@ def check_space(path: Path, size: int) -> None:
 
 def _write_split(file: h5py.File, sink: _Sink, name: str, split: FeatureSplit, dtype: str) -> dict[str, str]:
     """Write a split's columns; give the digest of each."""
-    blocks = _write_features(file, sink, f"{name}/features", split.features, dtype)
-    columns = {"features_sha256": np.array([block.encode() for block in blocks], "S64"), **_list_columns(split.listing)}
-    digests = {"features": hash_bytes("".join(blocks).encode())}
-    for column, values in columns.items():
+    columns, digests = {}, {}
+    for column, rows in {"features": split.features, VIEWS: split.views}.items():
+        if rows is not None:
+            blocks = _write_features(file, sink, f"{name}/{column}", rows, dtype)
+            columns[f"{column}_sha256"] = np.array([block.encode() for block in blocks], "S64")
+            digests[column] = hash_bytes("".join(blocks).encode())
+    for column, values in {**columns, **_list_columns(split.listing)}.items():
         with hold_interrupts():
             file.create_dataset(f"{name}/{column}", data=values)
         sink.check()
@@ -106,13 +114,13 @@ def _write_split(file: h5py.File, sink: _Sink, name: str, split: FeatureSplit, d
 
 
 def _write_features(file: h5py.File, sink: _Sink, name: str, rows: Rows, dtype: str) -> list[str]:
-    """Write features (N, D) piece by piece; give the digest of every block."""
-    n, dim = rows.shape
+    """Write features (N, D), or views (N, K, D), piece by piece; give the digest of every block."""
     with hold_interrupts():
-        dataset = file.create_dataset(name, (n, dim), dtype)
-    step = BLOCK_ROWS * max(1, PIECE_BYTES // (BLOCK_ROWS * dim * dataset.dtype.itemsize or 1))
+        dataset = file.create_dataset(name, rows.shape, dtype)
+    block = count_block(rows.shape)
+    step = block * max(1, PIECE_BYTES // (block * math.prod(rows.shape[1:]) * dataset.dtype.itemsize or 1))
     blocks = []
-    for start in range(0, n, step):
+    for start in range(0, len(dataset), step):
         with np.errstate(over="ignore"):  # told of below
             piece = np.ascontiguousarray(rows[start : start + step], dtype=dtype)
         if not np.isfinite(piece).all():
@@ -138,7 +146,9 @@ def _list_columns(listing: Split) -> dict[str, NDArray[Any]]:
     }
 
 
-def _write_texts(file: h5py.File, cache: FeatureCache, columns_sha256: dict[str, str], content: str) -> None:
+def _write_texts(
+    file: h5py.File, cache: FeatureCache, columns_sha256: dict[str, str], content: str, views: str
+) -> None:
     texts = {
         "classes": json.dumps(cache.classes),
         "extractor": json.dumps(cache.extractor),
@@ -148,7 +158,8 @@ def _write_texts(file: h5py.File, cache: FeatureCache, columns_sha256: dict[str,
         "content_sha256": content,
     }
     file.attrs["featcache_schema"] = SCHEMA
-    for name, text in {**texts, "attributes_sha256": hash_texts(texts)}.items():
+    more = {VIEWS: views} if views else {}  # its digest is among columns_sha256: who knows no views need not read it
+    for name, text in {**texts, "attributes_sha256": hash_texts(texts), **more}.items():
         # NOTE: of fixed length; those of variable length lie in a heap without checksums, where one flipped bit
         # made HDF5 loop for ever
         file.attrs.create(name, text.encode("ascii"), dtype=h5py.string_dtype("ascii", len(text)))
