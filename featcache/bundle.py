@@ -28,7 +28,7 @@ from featcache.backbones.weights import load_tensors
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import LinearHead
-from featcache.images import ImageRows, make_pixel_transform
+from featcache.images import ImageRows, ViewRows, make_pixel_transform
 from featcache.metrics import to_probabilities
 from featcache.preprocessing import Preprocessing
 from featcache.progress import SILENT, Progress
@@ -69,9 +69,21 @@ class Classifier:
         device: torch.device,
         batch_size: int | None = None,
         workers: int | None = None,
+        views: int = 0,
         progress: Progress = SILENT,
     ) -> tuple[NDArray[np.float64], list[BadImage]]:
         """Predict image files.
+
+        Parameters
+        ----------
+        paths, root
+            N files, relative to a folder.
+        device, batch_size, workers
+            As in `featcache.config.ExtractConfig`.
+        views
+            How many random views of each image are averaged with it, see `featcache.views`; their seed is 0.
+        progress
+            Told how many were predicted.
 
         Returns
         -------
@@ -80,22 +92,36 @@ class Classifier:
         bad
             Those files.
         """
-        rows = ImageRows(root, paths, transform=make_pixel_transform(self.preprocessing))
-        probabilities = np.full((len(paths), len(self.classes)), np.nan)
-        bad: list[BadImage] = []
+        each = 1 + views
+        probabilities = np.zeros((len(paths), len(self.classes)))
+        n_good = np.zeros(len(paths), np.int64)
+        reasons: dict[str, str] = {}
         outputs = run_network(
             self.network,
-            rows,
+            self._make_rows(paths, root, views),
             device=device,
             precision=self.precision,
             batch_size=batch_size,
             workers=workers,
         )
-        for output in progress.track(outputs, total=len(paths), what="predicting"):
+        unit = "view" if views else "img"
+        for output in progress.track(outputs, total=len(paths) * each, what="predicting", unit=unit):
             if len(output.rows):
-                probabilities[output.rows] = to_probabilities(self._find_logits(output.values))
-            bad += output.bad
-        return probabilities, bad
+                images = output.rows // each
+                np.add.at(probabilities, images, to_probabilities(self._find_logits(output.values)) / each)
+                np.add.at(n_good, images, 1)
+            reasons |= dict(output.bad)
+        unusable = n_good < each
+        probabilities[unusable] = np.nan
+        return probabilities, [BadImage(paths[i], reasons[paths[i]]) for i in np.flatnonzero(unusable).tolist()]
+
+    def _make_rows(self, paths: Sequence[str], root: Path, views: int) -> ImageRows:
+        """The images, each followed by its views."""
+        if not views:
+            return ImageRows(root, paths, transform=make_pixel_transform(self.preprocessing))
+        numbers = [number for _ in paths for number in (None, *range(views))]
+        repeated = [path for path in paths for _ in range(1 + views)]
+        return ViewRows(root, repeated, numbers=numbers, preprocessing=self.preprocessing)
 
     def _find_logits(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (B, n_classes) from what the network gave."""

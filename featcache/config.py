@@ -28,6 +28,8 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 CHOICES = {"pool": POOLS, "layout": LAYOUTS, "channels": CHANNELS, "interpolation": INTERPOLATIONS}
 EXECUTION = ("precision", "decoder")  # decide the features, and are no part of the backbone
+VIEWS = ("views", "test_views")  # decide how many rows of features there are of an image, and no row
+MAX_VIEWS = 1000  # of one image
 # What stands for the backbone of features that were made elsewhere, perhaps followed by ":" and what made them.
 IMPORTED = "imported"
 
@@ -153,7 +155,12 @@ class ExtractConfig(ImageSettings):
     val_fraction
         Share of the images that validates, where the folder has no split of its own.
     seed
-        Chooses that split, and the weights where `weights` is "none".
+        Chooses that split, the views, and the weights where `weights` is "none".
+    views
+        Random views of each training image that are kept beside it: crops of random size, perhaps mirrored. None is as
+        many, and the very same, as in the cache that is there, else 0; 0 drops them.
+    test_views
+        The same of each image of every other split, to average over when a head is used.
     skip_bad
         Leave out files that cannot be used as images, instead of stopping.
     store
@@ -175,6 +182,7 @@ class ExtractConfig(ImageSettings):
         *ImageSettings.IMAGES,
         "layout",
         *EXECUTION,
+        *VIEWS,
     )
     IMAGES: ClassVar[tuple[str, ...]] = (*ImageSettings.IMAGES, "layout")
 
@@ -191,6 +199,8 @@ class ExtractConfig(ImageSettings):
     decoder: str | None = None
     val_fraction: float = 0.2
     seed: int = 0
+    views: int | None = None
+    test_views: int | None = None
     skip_bad: bool = False
     store: str = "float32"
     reuse: tuple[str, ...] = ()
@@ -208,6 +218,8 @@ class ExtractConfig(ImageSettings):
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
+        for name in VIEWS:
+            self._require(0 <= (getattr(self, name) or 0) <= MAX_VIEWS, name, f"0 to {MAX_VIEWS:,}")
 
     def network_settings(self) -> dict[str, Any]:
         """Those that a backbone is loaded with, beside its images."""

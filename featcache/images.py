@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -28,6 +31,7 @@ from featcache.decoding import decode_array, decode_safely
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
 from featcache.preprocessing import Preprocessing
+from featcache.views import Piece, draw_view
 
 Decoded: TypeAlias = Image.Image | NDArray[np.uint8]  # RGB, as an image or as pixels (H, W, 3)
 Decode: TypeAlias = Callable[[bytes], Decoded]
@@ -124,7 +128,10 @@ class PixelTransform:
 
     def __call__(self, image: Decoded) -> Tensor:
         """Pixels of one image."""
-        pixels = self._resize_and_crop(image)  # (H, W, 3)
+        return self.order(self._resize_and_crop(image))
+
+    def order(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """RGB pixels (H, W, 3) as (channels, H, W), in the network's order of channels."""
         channels = self.preprocessing.channels
         if channels == "BGR":
             pixels = np.ascontiguousarray(pixels[:, :, ::-1])
@@ -142,6 +149,53 @@ class PixelTransform:
         pixels = torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image)).permute(2, 0, 1)
         pixels = resize_image(pixels, self._size, interpolation=self._mode, antialias=True)
         pixels = center_crop_image(pixels, list(self.preprocessing.size))
+        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+class ViewTransform:
+    """A random piece, resized, perhaps mirrored: RGB image, its digest and a number -> (channels, H, W) uint8.
+
+    The same every time: chance is drawn from seed, digest and number alone, see `views`. All else is as in
+    `PixelTransform`. Of a clip all frames are treated alike, to (channels, T, H, W).
+
+    Parameters
+    ----------
+    preprocessing
+        Of the backbone: size, interpolation, decoder, channels.
+    seed
+        Of the views.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, seed: int = 0) -> None:
+        self.preprocessing, self.seed = preprocessing, seed
+        self._pixels = PixelTransform(preprocessing)
+        self.decode = self._pixels.decode
+        self._mode = transforms.InterpolationMode(preprocessing.interpolation)
+
+    def __call__(self, image: Decoded | Sequence[Image.Image], digest: str, number: int) -> Tensor:
+        """Pixels of one view of an image, or of a clip's frames."""
+        if isinstance(image, Image.Image | np.ndarray):
+            return self._view(image, digest, number)
+        return torch.stack([self._view(frame, digest, number) for frame in image], dim=1)
+
+    def _view(self, image: Decoded, digest: str, number: int) -> Tensor:
+        height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        piece = draw_view(digest, number, seed=self.seed, height=height, width=width)
+        pixels = (self._with_torch if self.preprocessing.decoder == "torch" else self._with_pillow)(image, piece)
+        return self._pixels.order(np.ascontiguousarray(pixels[:, ::-1]) if piece.mirrored else pixels)
+
+    def _with_pillow(self, image: Decoded, piece: Piece) -> NDArray[np.uint8]:
+        size = list(self.preprocessing.size)
+        return np.array(functional.resized_crop(image, *piece[:4], size, interpolation=self._mode))
+
+    def _with_torch(self, image: Decoded, piece: Piece) -> NDArray[np.uint8]:
+        from torchvision.transforms.v2.functional import resize_image
+
+        top, left, height, width, _ = piece
+        rows = image if isinstance(image, np.ndarray) else np.array(image)
+        cut = np.ascontiguousarray(rows[top : top + height, left : left + width])
+        size = list(self.preprocessing.size)
+        pixels = resize_image(torch.from_numpy(cut).permute(2, 0, 1), size, interpolation=self._mode, antialias=True)
         return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
@@ -169,6 +223,18 @@ def make_pixel_transform(preprocessing: Preprocessing) -> Transform:
     """Pixels for a network that normalises by itself: RGB image -> (3, H, W) uint8; of clips (3, T, H, W)."""
     transform = PixelTransform(preprocessing)
     return ClipTransform(preprocessing.frames, transform) if preprocessing.frames else transform
+
+
+def make_view_transform(preprocessing: Preprocessing, *, seed: int = 0) -> ViewTransform:
+    """Pixels of random views for a network that normalises by itself; see `ViewTransform`.
+
+    Examples
+    --------
+    >>> transform = make_view_transform(Preprocessing(resize=20, crop=16, mean=(0.5,) * 3, std=(0.5,) * 3))
+    >>> transform(Image.new("RGB", (48, 40)), "ab" * 32, 0).shape
+    torch.Size([3, 16, 16])
+    """
+    return ViewTransform(preprocessing, seed)
 
 
 def make_evaluation_transform(preprocessing: Preprocessing) -> Transform:
@@ -305,6 +371,92 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         rows = torch.tensor([row for row, _, _ in good], dtype=torch.int64)
         labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
         return Batch(rows, images, labels, bad)
+
+
+class ViewRows(ImageRows):
+    """Images and random views of them, in any order; the last few images stay decoded, so that each is decoded once.
+
+    Parameters
+    ----------
+    root
+        Folder that the paths are relative to.
+    paths
+        N paths, the same one for each row of an image; these rows best lie side by side.
+    numbers
+        N, of the view; None is the plain image.
+    preprocessing, seed
+        As in `ViewTransform`.
+    digests
+        N, as in `ImageRows`. None draws the views from the digests that the files have.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        *,
+        numbers: Sequence[int | None],
+        preprocessing: Preprocessing,
+        seed: int = 0,
+        digests: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(root, paths, transform=make_pixel_transform(preprocessing), digests=digests)
+        self.numbers = numbers
+        self._view = make_view_transform(preprocessing, seed=seed)
+        self._memo = Memo()
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
+        number = self.numbers[row]
+        keep = 1 if get_worker_info() else count_cores() + 1  # threads share them, processes work alone
+        try:
+            image, digest = self._memo.get(self.paths[row], lambda: self.decode_with_digest(row), keep)
+        except ImageError as error:
+            return row, str(error), -1
+        return row, self.transform(image) if number is None else self._view(image, digest, number), -1
+
+    def decode_with_digest(self, row: int) -> tuple[Any, str]:
+        """What `decode` gives, and the digest of the file's bytes, or of the clip.
+
+        Raises
+        ------
+        ImageError
+            If it cannot be used.
+        """
+        path, digest = self.root / self.paths[row], None if self.digests is None else self.digests[row]
+        if isinstance(self.transform, ClipTransform):
+            return self.decode(row), digest or hash_clip(path)
+        data = read_image(path, digest)
+        return self._view.decode(data), digest or hash_bytes(data)
+
+
+class Memo:
+    """The last few values that were made, each made once, whichever threads ask for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: OrderedDict[str, Future[Any]] = OrderedDict()
+
+    def get(self, name: str, make: Callable[[], Any], keep: int) -> Any:
+        """The value of a name, `keep` of which are kept. An `ImageError` that `make` raises is kept too."""
+        with self._lock:
+            mine = name not in self._values
+            future = self._values.setdefault(name, Future())
+            self._values.move_to_end(name)
+            while len(self._values) > keep:
+                self._values.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(make())
+            except BaseException as error:  # noqa: BLE001 - somebody may be waiting; raised below
+                if not isinstance(error, ImageError):  # the next try may succeed
+                    with self._lock:
+                        self._values.pop(name, None)
+                future.set_exception(error)
+        return future.result()
+
+    def __reduce__(self) -> tuple[type[Memo], tuple[()]]:
+        """For another process: an empty one."""
+        return Memo, ()
 
 
 def stack_images(images: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Random views of images: how many there are, what each shows, and the digest by which its features are found.
 
-A view is a piece of an image of random size, shape and place, resized to what the network sees, every other one mirrored.
+A view is a piece of an image of random size, shape and place, resized to what the network sees, and perhaps mirrored.
 All its chance comes from the seed, the digest of the image's bytes and the view's number, by SHA-256: it is the same on
 every machine, whatever else is done, and in whatever order. Knows no pixels and needs no torch; `images` does what is
 drawn here.
@@ -13,18 +13,19 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.files import canonical_json
+from featcache.files import canonical_json, hash_bytes
 
 SCALE = (0.08, 1.0)  # share of the image's area
 RATIO = (3 / 4, 4 / 3)  # width over height
 MIRRORED = 0.5
 TRIES = 10  # to find a piece of such a shape that lies in the image
-# What a view of a seed and a number is, in words and numbers. "rules" is raised when the same would show something else.
+# What a view of some seed and number is. "rules" is raised when the same would show something else.
 RECIPE: dict[str, Any] = {
     "scale": list(SCALE),
     "ratio": list(RATIO),
@@ -60,7 +61,7 @@ def draw_view(digest: str, number: int, *, seed: int, height: int, width: int) -
 
     Notes
     -----
-    Source: RandomResizedCrop and RandomHorizontalFlip of torchvision, with its defaults; the distributions are the same.
+    Source: the distributions of torchvision's RandomResizedCrop and RandomHorizontalFlip with their defaults.
 
     Examples
     --------
@@ -132,22 +133,36 @@ class Views:
         """Whether a view of the same image and number is the same in both."""
         return self.seed == other.seed and self.recipe == other.recipe
 
+    def name_row(self, digest: str, number: int | None) -> str:
+        """The digest by which the row of a view of an image is found; of the image itself (None) its own."""
+        if number is None:
+            return digest
+        return hashlib.sha256(f"view {number} of {digest} by {self._described}".encode()).hexdigest()
+
     def name_rows(self, digests: Sequence[str], n: int) -> NDArray[np.bytes_]:
-        """The digests of N images and of n views of each, by which rows are found.
+        """The same of N images and of n views of each.
 
         Returns
         -------
         (N, 1 + n) S64: first the image's own, then one for each view.
         """
-        described = hashlib.sha256(canonical_json({"seed": self.seed, "recipe": dict(self.recipe)}).encode())
-        names = []
-        for digest in digests:
-            names.append(digest.encode())
-            for number in range(n):
-                one = described.copy()
-                one.update(f"view {number} of {digest}".encode())
-                names.append(one.hexdigest().encode())
+        numbers = (None, *range(n))
+        names = [self.name_row(digest, number).encode() for digest in digests for number in numbers]
         return np.array(names, dtype="S64").reshape(len(digests), 1 + n)
+
+    @cached_property
+    def _described(self) -> str:
+        """Digest of seed and recipe."""
+        return hash_bytes(canonical_json({"seed": self.seed, "recipe": dict(self.recipe)}).encode())
+
+    def describe(self) -> str:
+        """How many, in words.
+
+        >>> Views(train=4, others=1).describe()
+        '4 of each training image, 1 of each held-out image'
+        """
+        counts = {"training image": self.train, "held-out image": self.others}
+        return ", ".join(f"{n} of each {what}" for what, n in counts.items() if n) or "none"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

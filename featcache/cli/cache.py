@@ -62,6 +62,7 @@ def info(file: str, as_json: bool) -> None:
                 "bytes": size,
                 "rows": len(cache),
                 "splits": {name: len(split) for name, split in cache.splits.items()},
+                "views": cache.views.to_json() if cache.views else None,
                 "classes": list(cache.classes),
                 "dim": cache.dim,
                 "stored": cache.stored,
@@ -100,12 +101,14 @@ def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
     made = f"elsewhere, imported from {origin['table']}" if is_imported(extractor["backbone"]) else made
     weights = extractor["weights"]
     n_bad = len(origin["bad"])
+    views = [("views", f"{cache.views.describe()}; seed {cache.views.seed}")] if cache.views else []
     shown = ", ".join(cache.classes[:6]) + (f" and {len(cache.classes) - 6} more" if len(cache.classes) > 6 else "")
     return [
         ("backbone", f"{extractor['backbone']}, weights {weights['name']} ({weights['tensors_sha256'][:8]}...)"),
         ("features", f"{cache.dim} {cache.stored}, {extractor['layer']}"),
         ("images", images),
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
+        *views,
         ("classes", f"{len(cache.classes)}: {shown}"),
         ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),
         ("computed", made),
@@ -134,7 +137,7 @@ def verify(files: tuple[str, ...], as_json: bool) -> int:
         try:
             found = verify_cache(file)
             rows = found.rows
-            problems = [f"{name}/features rows {start} to {stop - 1}" for name, start, stop in found.damaged]
+            problems = found.problems
         except CacheError as error:
             problems = [str(error)]
             print(make_printable(f"Error: {error}"), file=sys.stderr)
@@ -200,11 +203,11 @@ def print_explanation(explanation: Explanation) -> None:
         click.echo(make_printable(f"  {'same   ' if field.same else 'DIFFERS'}  {field.name:<{width}}  {value}"))
     if explanation.images:
         click.echo("  images   " + ", ".join(f"{n:,} {name}" for name, n in explanation.images.items()))
-    todo = f"{len(plan.missing):,} of {len(plan.listing):,} rows to compute"
+    todo = f"{len(plan.missing):,} of {plan.n_rows:,} rows to compute"
     click.echo(
         {
             "create": f"create: {plan.output} is not there; {todo}",
-            "reuse": f"reuse: {plan.output} has all {len(plan.listing):,} rows; nothing to compute",
+            "reuse": f"reuse: {plan.output} has all {plan.n_rows:,} rows; nothing to compute",
             "extend": f"extend: {plan.output} was made by the same extractor; {todo}",
             "refuse": f"refuse: {plan.output} was made by another extractor; its rows are never mixed with others "
             f"(-o OTHER.h5, or --force to replace it)",

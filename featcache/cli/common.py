@@ -18,6 +18,7 @@ from featcache.config import (
     DEVICES,
     INTERPOLATIONS,
     LAYOUTS,
+    MAX_VIEWS,
     POOLS,
     PRECISIONS,
     RUNTIMES,
@@ -28,6 +29,7 @@ from featcache.errors import BadImage, make_printable
 from featcache.progress import Progress
 
 T = TypeVar("T")
+NOUNS = {"img": "images", "view": "images and views"}  # of the units that such a line is printed of
 LINE_SECONDS = 60.0  # between two lines of progress in a log
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -190,6 +192,11 @@ extract_options = combine(
     option("--decoder", type=click.Choice(DECODERS), default=None,
            help="What resizes; torch is faster, a grey level off.  [default: pillow for eager, else torch]"),
     split_options(),
+    option("--views", type=click.IntRange(0, MAX_VIEWS), default=None, metavar="K",
+           help="Keep K random views of each training image too: crops of random size, perhaps mirrored.  "
+           "[default: those of the cache that is there, else 0]"),
+    option("--test-views", type=click.IntRange(0, MAX_VIEWS), default=None, metavar="K",
+           help="The same of each image of the other splits."),
     store_option(),
     skip_bad_option,
     option("--reuse", multiple=True, type=click.Path(), metavar="FILE",
@@ -234,9 +241,9 @@ class TerminalProgress(Progress):
                 yield item
                 bar.set_postfix_str(tally.add(item), refresh=False)
                 bar.update(tally.last)
-                if not self.live and unit == "img" and time.monotonic() > next_line:
+                if not self.live and unit in NOUNS and time.monotonic() > next_line:
                     next_line += LINE_SECONDS
-                    self.say(tally.describe(total))
+                    self.say(tally.describe(total, NOUNS[unit]))
 
 
 class Tally:
@@ -251,7 +258,9 @@ class Tally:
     """
 
     def __init__(self, what: str, cached: int) -> None:
-        self.what, self.cached, self.done, self.bad, self.last = what, cached, 0, 0, 0
+        self.what, self.cached, self.done, self.last = what, cached, 0, 0
+        self._bad: set[str] = set()  # an image counts once, however many views of it cannot be had
+        self._n_unusable = 0
         self._started, self._words = time.monotonic(), ""
 
     def add(self, item: object) -> str:
@@ -260,13 +269,14 @@ class Tally:
         self.done += self.last
         bad = getattr(item, "bad", None)
         if bad is not None:
-            self.bad += len(bad)
+            self._bad.update(one.path if isinstance(one, BadImage) else one for one in bad)
+            self._n_unusable += len(bad)
             good = "computed" if self.what == "extracting" else "good"
-            counts = {"cached": self.cached, good: self.done - self.bad, "bad": self.bad}
+            counts = {"cached": self.cached, good: self.done - self._n_unusable, "bad": len(self._bad)}
             self._words = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n)
         return self._words
 
-    def describe(self, total: int | None) -> str:
+    def describe(self, total: int | None, noun: str = "images") -> str:
         """A line for a log."""
         from featcache.report import format_seconds
 
@@ -274,9 +284,9 @@ class Tally:
         n = self.cached + self.done
         counts = f" ({self._words})" if self._words else ""
         if total is None:
-            return f"{self.what}: {n:,} images{counts}, {rate:.0f} images/s"
+            return f"{self.what}: {n:,} {noun}{counts}, {rate:.0f} images/s"
         left = format_seconds((total - n) / rate)
-        return f"{self.what}: {n:,} of {total:,} images{counts}, {rate:.0f} images/s, {left} left"
+        return f"{self.what}: {n:,} of {total:,} {noun}{counts}, {rate:.0f} images/s, {left} left"
 
 
 def print_json(value: Any) -> None:

@@ -49,6 +49,7 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
                 "cache": str(extraction.path),
                 "rows": len(cache),
                 "splits": rows,
+                "views": {name: cache.views.count(name) for name in rows},
                 "classes": list(cache.classes),
                 "computed": extraction.computed,
                 "reused": extraction.reused,
@@ -61,8 +62,9 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
         )
     else:
         counts = " + ".join(f"{n} {name}" for name, n in rows.items())
+        views = f" and views of the images ({cache.views.describe()})" if cache.views else ""
         click.echo(
-            f"{extraction.path}: {counts} rows of {cache.dim} features, {extraction.computed} computed, "
+            f"{extraction.path}: {counts} rows of {cache.dim} features{views}, {extraction.computed} computed, "
             f"{extraction.reused} reused, {extraction.seconds:.1f} s"
         )
     list_left_out(extraction.bad)
@@ -83,6 +85,7 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
                 "decision": plan.decision,
                 "rows": len(plan.listing),
                 "splits": rows,
+                "views": {name: plan.views.count(name) for name in rows},
                 "to_compute": len(plan.missing),
                 "images_per_second": forecast.images_per_second,
                 "seconds": forecast.seconds,
@@ -91,7 +94,10 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
             }
         )
         return DONE
-    click.echo(f"{plan.output}: {len(plan.listing):,} rows, {len(plan.missing):,} to compute; nothing was written")
+    views = f" and {plan.n_rows - len(plan.listing):,} of views" if plan.views else ""
+    click.echo(
+        f"{plan.output}: {len(plan.listing):,} rows{views}, {len(plan.missing):,} to compute; nothing was written"
+    )
     size = f"the file will be about {format_bytes(forecast.bytes)}"
     if rate := forecast.images_per_second:
         click.echo(f"about {format_seconds(forecast.seconds)} at {rate:.0f} images/s; {size}")

@@ -18,6 +18,7 @@ from featcache.cli.common import (
     option,
     output_option,
 )
+from featcache.config import MAX_VIEWS
 
 
 @click.command("predict", short_help="Label new files with a trained run.")
@@ -26,6 +27,13 @@ from featcache.cli.common import (
 @output_option(None, "Write there instead of to stdout.")
 @option("--batch-size", type=click.IntRange(min=1), default=None, help="Images per forward pass.")
 @machine_options
+@option(
+    "--views",
+    type=click.IntRange(0, MAX_VIEWS),
+    default=0,
+    metavar="K",
+    help="Average each image's probabilities with those of K random views of it.",
+)
 @json_option
 def command(
     run: str,
@@ -34,6 +42,7 @@ def command(
     batch_size: int | None,
     workers: int | None,
     device: str,
+    views: int,
     as_json: bool,
 ) -> int:
     """Label new files with a trained RUN: CSV with path, label, probability, or JSON.
@@ -51,7 +60,7 @@ def command(
     if output:
         check_writable(Path(output))
     predictions, bad = predict(
-        run, images, batch_size=batch_size, workers=workers, device=device, progress=TerminalProgress()
+        run, images, batch_size=batch_size, workers=workers, device=device, views=views, progress=TerminalProgress()
     )
     if as_json:
         rows = [{"path": one.path, "label": one.label, "probability": one.probability} for one in predictions]

@@ -11,6 +11,7 @@ from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
+from featcache.views import Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Explanation:
     plan
         What it would do.
     fields
-        Every value that decides the features; empty where there is no file.
+        Every value that decides the features, and which views there are; empty where there is no file.
     images
         How many images of the data set are "unchanged" (path, label and bytes), "moved" (the same bytes elsewhere or
         under another label), "changed" (other bytes at the same path) or "new"; how many of the file's are "gone".
@@ -46,9 +47,19 @@ def explain_cache(
         return Explanation(plan=plan, fields=[], images={})
     return Explanation(
         plan=plan,
-        fields=compare_fields(spell_out(plan.old.extractor), spell_out(plan.extractor)),
+        fields=[
+            *compare_fields(spell_out(plan.old.extractor), spell_out(plan.extractor)),
+            *compare_views(plan.old.views, plan.views),
+        ],
         images=compare_images(plan.old.listing, plan.listing),
     )
+
+
+def compare_views(found: Views, wanted: Views) -> list[Field]:
+    """How many views there are of each image, and which; nothing where there are none and none are wanted."""
+    if not found and not wanted:
+        return []
+    return compare_fields(found.to_json(), wanted.to_json(), "views.")
 
 
 def compare_images(found: Listing, wanted: Listing) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache import files
 from featcache.cache import (
@@ -41,11 +42,13 @@ from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
 from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
 from featcache.runs import PeakMemory, describe_environment
-from featcache.stages.plan import Computed, Plan, plan_extraction, remember_extractor, say_kept, take_backbone
+from featcache.stages.plan import Computed, Plan, Row, plan_extraction, remember_extractor, say_kept, take_backbone
+from featcache.views import Views
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
 
+NAMED_IMAGES = 1 << 16  # whose views' digests are held at a time
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
 
 
@@ -60,7 +63,7 @@ class Extraction:
     cache
         What is in it, the features mapped from the file.
     computed
-        Images that went through the network.
+        Images that went through the network, each view of one counted.
     bad
         Files left out.
     seconds
@@ -78,8 +81,8 @@ class Extraction:
 
     @property
     def reused(self) -> int:
-        """Rows that needed no forward pass."""
-        return len(self.cache) - self.computed
+        """Rows, of images and of their views, that needed no forward pass."""
+        return len(self.cache) + self.cache.n_views - self.computed
 
 
 def extract_features(
@@ -161,12 +164,12 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
         return _finish(plan, 0, (), started)
-    with open_sources(plan.sources, STORED_TYPES[config.store]) as (sources, damaged):
+    with open_sources(plan.sources, STORED_TYPES[config.store], plan.views) as (sources, damaged):
         for path, split, start, stop in damaged:
             progress.say(
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
             )
-        missing = find_missing(plan.listing, _make_table(plan, sources, plan.parts))
+        missing = find_missing(plan.listing, plan.views, _make_table(plan, sources, plan.parts))
         if missing:  # damaged rows may be among them
             plan = _equip(plan, config, progress)
         computed = _compute_rows(plan, missing, config, progress)
@@ -175,7 +178,9 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
             say_kept(plan, computed.parts, progress)
             raise BadImagesError(bad)
         listing = plan.listing.without(bad)
-        if computed.rows or damaged or not _is_up_to_date(plan, listing, config):
+        kept = listing.digests()
+        n_computed = sum(row.image in kept for row in missing)
+        if n_computed or damaged or not _is_up_to_date(plan, listing, config):
             table = _make_table(plan, sources, [*plan.parts, *computed.parts])
             provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, computed)
             write_cache(plan.output, _gather(plan, listing, table, provenance))
@@ -185,7 +190,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
         progress.say(f"{gone} old rows dropped from {plan.output}: their images have changed or are gone")
     if missing and (changed := list_changed(listing)):
         progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
-    return _finish(plan, computed.rows, tuple(bad), started)
+    return _finish(plan, n_computed, tuple(bad), started)
 
 
 def _equip(plan: Plan, config: ExtractConfig, progress: Progress) -> Plan:
@@ -194,20 +199,34 @@ def _equip(plan: Plan, config: ExtractConfig, progress: Progress) -> Plan:
     return equip(plan, config, progress)
 
 
-def _compute_rows(plan: Plan, digests: Sequence[str], config: ExtractConfig, progress: Progress) -> Computed:
+def _compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progress: Progress) -> Computed:
     """`compute_rows`, if there is anything to compute."""
-    if not digests:
-        return Computed([], [], 0)
+    if not rows:
+        return Computed([], [])
     from featcache.stages.compute import compute_rows
 
-    return compute_rows(plan, digests, config, progress)
+    return compute_rows(plan, rows, config, progress)
 
 
-def find_missing(listing: Listing, table: RowTable) -> list[str]:
-    """Digests of the images that have no row, each once, in the order of the listing."""
-    wanted = list(dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests))
-    there = table.find(np.array(wanted, dtype="S64")) >= 0
-    return [digest for digest, found in zip(wanted, there.tolist(), strict=True) if not found]
+def find_missing(listing: Listing, views: Views, table: RowTable) -> list[Row]:
+    """The rows that are not there, each once, in the order of the listing; those of an image side by side."""
+    missing: dict[str, Row] = {}
+    for name, split in listing.splits.items():
+        found = find_rows(table, split.digests, views, views.count(name)) >= 0
+        for i, column in np.argwhere(~found).tolist():
+            image, number = split.digests[i], column - 1 if column else None
+            digest = views.name_row(image, number)
+            missing.setdefault(digest, Row(digest, image, number))
+    return list(missing.values())
+
+
+def find_rows(table: RowTable, digests: Sequence[str], views: Views, n: int) -> NDArray[np.int64]:
+    """Where the rows of N images and of n views of each are (N, 1 + n), -1 where there is none."""
+    found = np.empty((len(digests), 1 + n), np.int64)
+    for start in range(0, len(digests), NAMED_IMAGES):
+        names = views.name_rows(digests[start : start + NAMED_IMAGES], n)
+        found[start : start + len(names)] = table.find(names.reshape(-1)).reshape(names.shape)
+    return found
 
 
 def _make_table(plan: Plan, sources: Sequence[Source], parts: Sequence[Part]) -> RowTable:
@@ -218,11 +237,18 @@ def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str,
     """The cache to be written: every image of the listing with its row of the table."""
     splits = {}
     for name, split in listing.splits.items():
-        positions = table.find(np.array(split.digests, dtype="S64"))
+        n = plan.views.count(name)
+        positions = find_rows(table, split.digests, plan.views, n)
         if (positions < 0).any():
             raise CacheError(f"parts vanished from {parts_path(plan.output)} meanwhile; run the same command again")
-        splits[name] = FeatureSplit(listing=split, features=GatheredRows(table, positions, plan.width))
-    return FeatureCache(classes=listing.classes, extractor=plan.extractor, splits=splits, provenance=provenance)
+        splits[name] = FeatureSplit(
+            listing=split,
+            features=GatheredRows(table, positions[:, 0], plan.width),
+            views=GatheredRows(table, positions[:, 1:], plan.width) if n else None,
+        )
+    return FeatureCache(
+        classes=listing.classes, extractor=plan.extractor, splits=splits, provenance=provenance, views=plan.views
+    )
 
 
 def _describe_origin(
@@ -232,7 +258,7 @@ def _describe_origin(
     earlier = [open_cache(path).provenance for path in plan.sources]
     provenance = {
         "data": str(listing.root.resolve()),
-        "settings": config.result_settings(),
+        "settings": plan.list_settings(config),
         "seconds": sum(part.seconds for part in plan.parts)
         + sum(float(origin["seconds"]) for origin in earlier)
         + (seconds if computed.runtime else 0.0),
@@ -259,7 +285,8 @@ def _is_up_to_date(plan: Plan, listing: Listing, config: ExtractConfig) -> bool:
         plan.old.classes == listing.classes
         and list(old.splits) == list(listing.splits)
         and all(_is_same_split(split, listing.splits[name]) for name, split in old.splits.items())
-        and origin["settings"] == config.result_settings()
+        and plan.old.views == plan.views
+        and origin["settings"] == plan.list_settings(config)
         and origin["bad"] == [list(item) for item in listing.bad]
         and origin["data"] == str(listing.root.resolve())
     )
@@ -300,8 +327,13 @@ def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
         from featcache.stages.compute import foresee_runtime
 
         where = f", {plan.device} ({foresee_runtime(plan, config)})"
-    extractor = plan.extractor
+    extractor, views = plan.extractor, ""
+    if plan.views:
+        views = f"; views: {plan.views.describe()}, seed {plan.views.seed}"
     progress.say(
-        f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}; "
-        f"{verb}{going_on}, {len(plan.missing)} images to compute"
+        f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}{views}; "
+        f"{verb}{going_on}, {len(plan.missing)} images {'and views ' if plan.views else ''}to compute"
     )
+    if plan.sources and plan.old and plan.old.views and not plan.old.views.is_like(plan.views):
+        gone = f"of seed {plan.old.views.seed}" if plan.views else f"({plan.old.views.describe()})"
+        progress.say(f"the views that {plan.output} has {gone} are dropped")

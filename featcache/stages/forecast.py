@@ -17,7 +17,7 @@ from featcache.cache import (
 )
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
-from featcache.stages.plan import Plan, plan_extraction, take_backbone
+from featcache.stages.plan import Plan, Row, plan_extraction, take_backbone
 
 PROBE_IMAGES = 48
 
@@ -64,7 +64,7 @@ def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
     if plan.missing:
         from featcache.stages.compute import prepare_backbone
 
-        some = [plan.missing[i] for i in np.unique(np.linspace(0, len(plan.missing) - 1, PROBE_IMAGES).astype(int))]
+        some = choose_probes(plan)
         started = time.perf_counter()
         execution = prepare_backbone(plan, some, config)
         prepared = time.perf_counter() - started
@@ -78,5 +78,15 @@ def estimate_cost(plan: Plan, config: ExtractConfig) -> Forecast:
         name: FeatureSplit(listing=split, features=np.empty((0, plan.width)))
         for name, split in plan.listing.splits.items()
     }
-    cache = FeatureCache(classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={})
+    cache = FeatureCache(
+        classes=plan.listing.classes, extractor=plan.extractor, splits=empty, provenance={}, views=plan.views
+    )
     return Forecast(images_per_second=rate, seconds=seconds, bytes=estimate_bytes(cache))
+
+
+def choose_probes(plan: Plan) -> list[Row]:
+    """Some of the missing rows, from all over; of an image's views a few side by side: they are decoded together."""
+    n, each = len(plan.missing), 1 + max(plan.views.train, plan.views.others)
+    starts = np.linspace(0, n - 1, max(PROBE_IMAGES // each, 1)).astype(int)
+    chosen = np.unique(np.minimum(starts[:, None] + np.arange(min(each, PROBE_IMAGES)), n - 1))
+    return [plan.missing[i] for i in chosen]

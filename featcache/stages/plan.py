@@ -11,6 +11,7 @@ import numpy as np
 
 from featcache.cache import (
     FeatureCache,
+    FeatureSplit,
     Part,
     can_serve,
     check_complete,
@@ -27,7 +28,7 @@ from featcache.cache import (
     verify_cache,
 )
 from featcache.clips import check_video_support
-from featcache.config import EXECUTION, ExtractConfig, is_imported
+from featcache.config import EXECUTION, VIEWS, ExtractConfig, is_imported
 from featcache.dataset import (
     Digests,
     KnownFiles,
@@ -40,6 +41,7 @@ from featcache.dataset import (
 from featcache.errors import BadImage, SettingsError, StaleCacheError
 from featcache.progress import SILENT, Progress
 from featcache.recall import Start, is_known, keep_known
+from featcache.views import NO_VIEWS, Views
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +49,25 @@ if TYPE_CHECKING:
     from featcache.backbones import Backbone
 
 # Settings that have no say in which features are wanted.
-WITHOUT_SAY = ("batch_size", "workers", "val_fraction", "skip_bad", "reuse", "rehash", "wait", "force")
+WITHOUT_SAY = (*VIEWS, "batch_size", "workers", "val_fraction", "skip_bad", "reuse", "rehash", "wait", "force")
+
+
+class Row(NamedTuple):
+    """Features that are wanted.
+
+    Attributes
+    ----------
+    digest
+        By which they are found, see `Views.name_row`.
+    image
+        Digest of the image.
+    view
+        Number of the view; None for the plain image.
+    """
+
+    digest: str
+    image: str
+    view: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +94,10 @@ class Plan:
         Caches whose rows can be taken.
     parts
         Finished work of an earlier extraction that can be taken.
+    views
+        The random views that are wanted.
     missing
-        Digests of the images whose rows are nowhere, each once.
+        The rows that are nowhere, each once.
     """
 
     output: Path
@@ -87,7 +109,8 @@ class Plan:
     old: FeatureCache | None
     sources: tuple[Path, ...]
     parts: tuple[Part, ...]
-    missing: tuple[str, ...]
+    views: Views
+    missing: tuple[Row, ...]
 
     @property
     def key(self) -> str:
@@ -99,13 +122,23 @@ class Plan:
         """D, features per image."""
         return int(self.extractor["dim"])
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that are wanted: of images, and of views of them."""
+        return sum(len(split) * (1 + self.views.count(name)) for name, split in self.listing.splits.items())
+
+    def list_settings(self, config: ExtractConfig) -> dict[str, Any]:
+        """The settings for the provenance: of views those that are meant, where they would make the same ones."""
+        settings = {name: value for name, value in config.result_settings().items() if name not in VIEWS}
+        counts = zip(VIEWS, (self.views.train, self.views.others), strict=True)
+        return settings | {name: n for name, n in counts if n and self.views.seed == config.seed}
+
 
 class Computed(NamedTuple):
-    """What came of computing: files that could not be used (with their copies), parts written, rows in them, how."""
+    """What came of computing: files that could not be used (with their copies), parts written, how."""
 
     bad: list[BadImage]
     parts: list[Part]
-    rows: int
     runtime: str = ""
 
 
@@ -177,7 +210,8 @@ def plan_extraction(
     parts, unreadable = list_parts(output, "rows", hash_extractor(extractor))
     for path in unreadable:
         progress.say(f"WARNING: {path} is damaged; its rows are computed again")
-    missing = _find_wanted(listing, sources, parts, distrust=config.rehash)
+    views = settle_views(config, old)
+    missing = _find_wanted(listing, views, sources, parts, distrust=config.rehash)
     return Plan(
         output=output,
         decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
@@ -188,7 +222,19 @@ def plan_extraction(
         old=old,
         sources=tuple(sources),
         parts=tuple(parts),
+        views=views,
         missing=missing,
+    )
+
+
+def settle_views(config: ExtractConfig, old: FeatureCache | None) -> Views:
+    """The views that are wanted: those that are stated, else the very ones of the cache that is there."""
+    there = old.views if old else NO_VIEWS
+    stated = config.views is not None or config.test_views is not None
+    return Views(
+        train=there.train if config.views is None else config.views,
+        others=there.others if config.test_views is None else config.test_views,
+        seed=config.seed if stated else there.seed,
     )
 
 
@@ -238,7 +284,9 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
     if not isinstance(given, Backbone):
         return dict(settings), None
     check_unchanged(given)
-    making = [name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings and name not in EXECUTION]
+    making = [
+        name for name in ("weights", *ExtractConfig.OPTIONAL) if name in settings and name not in (*EXECUTION, *VIEWS)
+    ]
     if making:
         raise SettingsError(
             f"{making[0]} is stated and so is a backbone that is made already; state it in wrap_network"
@@ -294,17 +342,46 @@ def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:
 
 
 def _find_wanted(
-    listing: Listing, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
-) -> tuple[str, ...]:
-    """Digests of the images whose rows are nowhere, each once."""
-    there = {digest for part in parts for digest in np.char.decode(part.columns["digests"], "ascii").tolist()}
+    listing: Listing, views: Views, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
+) -> tuple[Row, ...]:
+    """The rows that are nowhere, each once; those of an image side by side."""
+    there, n_views = _find_there(sources, views, distrust=distrust)
+    there.update(*(np.char.decode(part.columns["digests"], "ascii").tolist() for part in parts))
+    wanted: dict[str, Row] = {}
+    for name, split in listing.splits.items():
+        n = views.count(name)
+        for image in split.digests:
+            if image not in there:
+                wanted.setdefault(image, Row(image, image, None))
+            for number in range(n_views.get(image, 0), n):
+                digest = views.name_row(image, number)
+                if digest not in there:
+                    wanted.setdefault(digest, Row(digest, image, number))
+    return tuple(wanted.values())
+
+
+def _find_there(sources: dict[Path, FeatureCache], views: Views, *, distrust: bool) -> tuple[set[str], dict[str, int]]:
+    """The images that caches have rows of, and how many of the wanted views of each."""
+    there: set[str] = set()
+    n_views: dict[str, int] = {}
     for path, cache in sources.items():
-        digests = {name: list(split.listing.digests) for name, split in cache.splits.items()}
-        for name, start, stop in verify_cache(path).damaged if distrust else ():
-            digests[name][start:stop] = [""] * (stop - start)
-        there.update(*digests.values())
-    wanted = dict.fromkeys(digest for split in listing.splits.values() for digest in split.digests)
-    return tuple(digest for digest in wanted if digest not in there)
+        found = verify_cache(path) if distrust else None
+        alike = cache.views.is_like(views)
+        for name, split in cache.splits.items():
+            there.update(_list_sound(name, split, found.damaged if found else ()))
+            n = cache.views.count(name) if alike else 0
+            for image in _list_sound(name, split, found.damaged_views if found else ()) if n else ():
+                n_views[image] = max(n, n_views.get(image, 0))
+    return there, n_views
+
+
+def _list_sound(name: str, split: FeatureSplit, damaged: Sequence[tuple[str, int, int]]) -> list[str]:
+    """The digests of a split's rows, "" where they lie in a damaged block."""
+    digests = list(split.listing.digests)
+    for where, start, stop in damaged:
+        if where == name:
+            digests[start:stop] = [""] * (stop - start)
+    return digests
 
 
 def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) -> str:

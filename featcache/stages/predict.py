@@ -10,8 +10,9 @@ import numpy as np
 
 from featcache.backbones import Backbone
 from featcache.bundle import load_classifier
+from featcache.config import MAX_VIEWS
 from featcache.dataset import list_clips, list_images
-from featcache.errors import BadImage, BadImagesError, DatasetError
+from featcache.errors import BadImage, BadImagesError, DatasetError, SettingsError
 from featcache.progress import SILENT, Progress
 from featcache.runtime import select_device
 
@@ -33,6 +34,7 @@ def predict(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    views: int = 0,
     progress: Progress = SILENT,
 ) -> tuple[list[Prediction], list[BadImage]]:
     """Predict the class of image files.
@@ -47,6 +49,8 @@ def predict(
         The one that the run was made with, if it was given in Python (`wrap_network`).
     device, batch_size, workers
         As in `featcache.config.ExtractConfig`.
+    views
+        Random views of each image whose probabilities are averaged with its own; see `featcache.views`.
     progress
         Told what is being done.
 
@@ -63,6 +67,8 @@ def predict(
         If the run holds no classifier, or its backbone is no longer the same.
     DatasetError
         If a path does not exist, or a folder holds no image.
+    SettingsError
+        If there are no so many views.
     BadImagesError
         If not one of the files can be used.
 
@@ -72,6 +78,8 @@ def predict(
     >>> predictions[0].label                                               # doctest: +SKIP
     'bees'
     """
+    if not 0 <= views <= MAX_VIEWS:
+        raise SettingsError(f"--views is {views}: expected 0 to {MAX_VIEWS:,}")
     check_present(images)
     select_device(device)
     classifier = load_classifier(run, backbone=backbone, progress=progress)
@@ -81,6 +89,7 @@ def predict(
         device=select_device(device, classifier.network),
         batch_size=batch_size,
         workers=workers,
+        views=views,
         progress=progress,
     )
     if len(bad) == len(paths):
