@@ -314,6 +314,6 @@ def test_a_bar_has_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = count(0, 5)
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
     progress = common.TerminalProgress()
-    list(progress.track([Pieces([1] * 30, ["a"])] * 3, total=190, done=100, what="extracting"))
+    list(progress.track([Pieces([1] * 30, [name]) for name in "abc"], total=190, done=100, what="extracting"))
     assert "100 cached, 58 computed, 2 bad" in terminal.getvalue()
     assert "img/s" in terminal.getvalue()

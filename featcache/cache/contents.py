@@ -109,7 +109,8 @@ class FeatureCache:
 
     def __repr__(self) -> str:
         counts = " + ".join(f"{len(split)} {name}" for name, split in self.splits.items())
-        return f"FeatureCache({counts} rows of {self.dim} {self.stored}, {self.extractor['backbone']})"
+        views = f", views: {self.views.describe()}" if self.views else ""
+        return f"FeatureCache({counts} rows of {self.dim} {self.stored}, {self.extractor['backbone']}{views})"
 
 
 def stored_precision(extractor: Mapping[str, Any]) -> str:

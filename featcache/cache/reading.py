@@ -179,7 +179,8 @@ def read_summary(path: Path) -> str:
         extractor = load_json(_read_texts(file, path)["extractor"], dict, "extractor", path)
         columns = [find_column(file, f"{name}/features", path) for name in SPLITS if name in file]
         rows = sum(len(column) for column in columns)
-        return f"{extractor['backbone']}: {rows:,} rows of {extractor['dim']} {stored_precision(extractor)}"
+        views = ", with views" if VIEWS in file.attrs else ""
+        return f"{extractor['backbone']}: {rows:,} rows of {extractor['dim']} {stored_precision(extractor)}{views}"
 
 
 class CacheReader:
