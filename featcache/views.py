@@ -146,6 +146,8 @@ class Views:
         -------
         (N, 1 + n) S64: first the image's own, then one for each view.
         """
+        if not n:
+            return np.array(digests, dtype="S64").reshape(-1, 1)
         numbers = (None, *range(n))
         names = [self.name_row(digest, number).encode() for digest in digests for number in numbers]
         return np.array(names, dtype="S64").reshape(len(digests), 1 + n)

@@ -12,7 +12,7 @@ import numpy as np
 from featcache import files
 from featcache.backbones import check_trainable
 from featcache.cache import check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig, ExtractConfig, FinetuneConfig, is_imported
+from featcache.config import RUNS_DIR, VIEWS, CompareConfig, ExtractConfig, FinetuneConfig, is_imported
 from featcache.dataset import describe_data
 from featcache.errors import BadImage, CacheError, OutputError, RunError
 from featcache.metrics import confusion_matrix
@@ -189,7 +189,7 @@ def list_optional(config: CompareConfig) -> dict[str, Any]:
     return {
         name: tuple(found[name]) if isinstance(found[name], list) else found[name]
         for name in ExtractConfig.OPTIONAL
-        if name in found
+        if name in found and name not in VIEWS  # those that are not stated are kept
     }
 
 

@@ -43,7 +43,7 @@ from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
 from featcache.runs import PeakMemory, describe_environment
 from featcache.stages.plan import Computed, Plan, Row, plan_extraction, remember_extractor, say_kept, take_backbone
-from featcache.views import Views
+from featcache.views import NO_VIEWS, Views
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -334,6 +334,6 @@ def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
         f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}{views}; "
         f"{verb}{going_on}, {len(plan.missing)} images {'and views ' if plan.views else ''}to compute"
     )
-    if plan.sources and plan.old and plan.old.views and not plan.old.views.is_like(plan.views):
-        gone = f"of seed {plan.old.views.seed}" if plan.views else f"({plan.old.views.describe()})"
-        progress.say(f"the views that {plan.output} has {gone} are dropped")
+    old = plan.old.views if plan.old else NO_VIEWS
+    if old and not (plan.views and old.is_like(plan.views)):
+        progress.say(f"the views that {plan.output} has ({old.describe()}, seed {old.seed}) are dropped")

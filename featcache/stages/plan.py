@@ -353,7 +353,7 @@ def _find_wanted(
         for image in split.digests:
             if image not in there:
                 wanted.setdefault(image, Row(image, image, None))
-            for number in range(n_views.get(image, 0), n):
+            for number in range(n_views.get(image, 0), n) if n else ():
                 digest = views.name_row(image, number)
                 if digest not in there:
                     wanted.setdefault(digest, Row(digest, image, number))
