@@ -1,12 +1,14 @@
 """A saved classifier: backbone reference or weights + head + classes + preprocessing. safetensors and JSON, no pickle.
 
-A head's bundle holds the linear layer and names its backbone with the SHA-256 of its tensors; a fine-tuned one holds
+A head's bundle holds the head and names its backbone with the SHA-256 of its tensors; a fine-tuned one holds
 the whole network. Both load into a `Classifier`, which turns image files into probabilities.
 
 ::
 
-    model.json          classes, preprocessing, backbone, SHA-256 of the other file
-    model.safetensors   head: weight (C, D), bias (C,)      fine-tuned: the network's state dict
+    model.json          classes, preprocessing, backbone, what kind of head, SHA-256 of the other file
+    model.safetensors   linear head: weight (C, D), bias (C,)
+                        nearest neighbours: features (N, D), labels (N,), weights (N,)
+                        fine-tuned: the network's state dict
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from featcache.backbones import Backbone, attach_classifier, remake_backbone
 from featcache.backbones.weights import load_tensors
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
-from featcache.heads import LinearHead
+from featcache.heads import Head, remake_head
 from featcache.images import ImageRows, ViewRows, make_pixel_transform
 from featcache.metrics import to_probabilities
 from featcache.preprocessing import Preprocessing
@@ -37,6 +39,7 @@ from featcache.runtime import run_network
 MODEL_JSON = "model.json"
 MODEL_TENSORS = "model.safetensors"
 SCHEMA = 1
+LINEAR = {"kind": "linear", "unit_length": False}  # what heads were before there were others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class Classifier:
     network
         (B, 3, H, W) float32 -> features, or logits where there is no `head`.
     head
-        (B, D) -> (B, n_classes) logits: a linear head on features, in float32 whatever the features' precision.
+        (B, D) -> (B, n_classes) logits: a head on features, in float32 whatever the features' precision.
     classes
         Names.
     preprocessing, precision
@@ -56,7 +59,7 @@ class Classifier:
     """
 
     network: nn.Module
-    head: nn.Module | None
+    head: Head | None
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     precision: Mapping[str, Any]
@@ -125,16 +128,13 @@ class Classifier:
 
     def _find_logits(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (B, n_classes) from what the network gave."""
-        if self.head is None:
-            return values
-        with torch.inference_mode():
-            return self.head(torch.from_numpy(values)).numpy()  # type: ignore[no-any-return]
+        return values if self.head is None else self.head.logits(values)
 
 
-def save_head(folder: Path, head: LinearHead, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
-    """Save a linear head with the reference to its backbone, from a cache's description of its extractor."""
-    tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
-    _save(folder, "head", tensors, classes, extractor)
+def save_head(folder: Path, head: Head, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
+    """Save a head with the reference to its backbone, from a cache's description of its extractor."""
+    values, arrays = head.take_apart()
+    _save(folder, "head", {n: torch.from_numpy(array) for n, array in arrays.items()}, classes, extractor, values)
 
 
 def save_network(folder: Path, network: nn.Module, classes: Sequence[str], extractor: Mapping[str, Any]) -> None:
@@ -187,17 +187,21 @@ def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, pro
             f"{backbone.weights['tensors_sha256'][:8]}...; bring back the file, or train the head again"
         )
     n_classes = len(saved.classes)
-    head = nn.Linear(backbone.width, n_classes) if saved.is_head else None
-    network = backbone.network if head else attach_classifier(backbone, n_classes)[0]
+    head, network = None, backbone.network
     try:
-        load_tensors(head or network, tensors)
-    except RuntimeError as error:
+        if saved.is_head:
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            head = remake_head(saved.head, arrays, (n_classes, backbone.width))
+        else:
+            network = attach_classifier(backbone, n_classes)[0]
+            load_tensors(network, tensors)
+    except (RuntimeError, ValueError, KeyError) as error:
         raise RunError(
             f"{folder / MODEL_TENSORS} does not fit {backbone.name} with {n_classes} classes; train it again"
         ) from error
     return Classifier(
         network=network.eval().requires_grad_(False),
-        head=head.eval().requires_grad_(False) if head else None,
+        head=head,
         classes=saved.classes,
         preprocessing=backbone.preprocessing,
         precision=backbone.precision,
@@ -229,6 +233,7 @@ class _Saved:
     is_head: bool
     classes: tuple[str, ...]
     extractor: dict[str, Any]
+    head: dict[str, Any]
 
 
 def _save(
@@ -237,13 +242,15 @@ def _save(
     tensors: dict[str, torch.Tensor],
     classes: Sequence[str],
     extractor: Mapping[str, Any],
+    head: Mapping[str, Any] | None = None,
 ) -> None:
     data = save(tensors)
-    description = {
+    description: dict[str, Any] = {
         "schema": SCHEMA,
         "holds": holds,
         "classes": list(classes),
         "extractor": dict(extractor),
+        **({"head": dict(head)} if head else {}),
         "tensors_file_sha256": hash_bytes(data),
     }
     description["sha256"] = hash_bytes(canonical_json(description).encode())
@@ -276,5 +283,6 @@ def _read(folder: Path) -> tuple[_Saved, dict[str, torch.Tensor]]:
         is_head=description["holds"] == "head",
         classes=tuple(description["classes"]),
         extractor=description["extractor"],
+        head=description.get("head", LINEAR),
     )
     return saved, load(data)

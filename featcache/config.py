@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from featcache.errors import SettingsError
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
-SOLVERS = ("sklearn", "torch")
+SOLVERS = ("auto", "lbfgs", "sklearn", "ridge", "sgd", "knn")
+SCALINGS = ("standard", "l2", "none")
 RUNTIMES = ("auto", "eager", "fused", "compile", "openvino", "onnx")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DECODERS = ("pillow", "torch")
@@ -288,35 +289,109 @@ class ImportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(Settings):
-    """How a linear head is fitted to cached features.
+    """How a head is fitted to cached features.
 
     Attributes
     ----------
     solver
-        "sklearn" or "torch": two ways to the same optimum.
+        "lbfgs", "sklearn", "ridge", "sgd" or "knn" (see `featcache.heads`); "auto" is "lbfgs", and "sgd" where the
+        features would not fit into half of the memory that is free.
     C
-        Inverse strength of the L2 penalty, as in scikit-learn; None chooses it by cross-validation.
-    folds
-        Folds of that cross-validation, at most the size of the smallest class.
+        Inverse strength of the L2 penalty, as in scikit-learn, of ridge 1 / alpha; None chooses it.
     grid
-        The values of C that it tries.
+        The values of C that are tried; None is the solver's own.
+    k, temperature
+        Of knn: how many neighbours vote, and how fast a vote fades; None chooses them.
+    scaling
+        "standard" standardises every feature, "l2" divides every row by its length, "none" leaves the features'
+        proportions.
+    class_weight
+        "balanced" lets all classes count the same; None lets all images.
+    select_on
+        "cv" chooses by cross-validation on the training split, "val" on the validation split: the classic habit, and
+        optimistic.
+    folds
+        Folds of the cross-validation, at most the size of the smallest class.
+    calibrate
+        Divide the logits by the temperature that suits held-out folds.
+    views
+        Whether to learn from the augmented views that the features hold; None: if they hold some.
+    tta
+        Whether to average predictions over the views of the image that is predicted: test-time augmentation.
+    shots
+        Learn from so many images of each class, drawn at random.
+    fraction
+        Learn from this share of the images of each class, drawn at random.
+    repeats
+        How many times to draw them.
+    curve
+        Also learn from growing shares of the training images: would more of them help?
+    epochs, batch_size, lr
+        Of sgd: passes over the images, images per step, and the largest learning rate of AdamW. The steps are taken in
+        coordinates in which the curvature is about 1, so that the rate needs no search.
+    device
+        Of lbfgs: "cpu", "cuda" or "auto", which is CUDA where there is one.
     seed
-        Shuffles the folds.
+        Shuffles the folds and the rows, and draws images.
     """
 
     RESULT: ClassVar[tuple[str, ...]] = ("solver", "C", "folds", "grid", "seed")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (
+        "k",
+        "temperature",
+        "scaling",
+        "class_weight",
+        "select_on",
+        "calibrate",
+        "views",
+        "tta",
+        "shots",
+        "fraction",
+        "repeats",
+        "epochs",
+        "batch_size",
+        "lr",
+    )
 
-    solver: str = "sklearn"
+    solver: str = "auto"
     C: float | None = None
+    grid: tuple[float, ...] | None = None
+    k: int | None = None
+    temperature: float | None = None
+    scaling: str = "standard"
+    class_weight: str | None = None
+    select_on: str = "cv"
     folds: int = 5
-    grid: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    calibrate: bool = False
+    views: bool | None = None
+    tta: bool = False
+    shots: int | None = None
+    fraction: float | None = None
+    repeats: int = 5
+    curve: bool = False
+    epochs: int = 5
+    batch_size: int = 1024
+    lr: float = 0.02
+    device: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         self._require(self.solver in SOLVERS, "solver", " or ".join(SOLVERS))
         self._require(self.C is None or 0 < self.C < math.inf, "C", "a number above 0")
+        self._require(self.grid is None or all(0 < value < math.inf for value in self.grid), "grid", "numbers above 0")
+        self._require(self.grid is None or len(self.grid) > 0, "grid", "numbers above 0")
+        self._require(self.k is None or self.k >= 1, "k", "1 or more")
+        self._require(self.temperature is None or 0 < self.temperature < math.inf, "temperature", "a number above 0")
+        self._require(self.scaling in SCALINGS, "scaling", " or ".join(SCALINGS))
+        self._require(self.class_weight in (None, "balanced"), "class_weight", "balanced, or nothing")
+        self._require(self.select_on in ("cv", "val"), "select_on", "cv or val")
         self._require(self.folds >= 2, "folds", "2 or more")
-        self._require(bool(self.grid) and min(self.grid) > 0, "grid", "numbers above 0")
+        self._require(self.shots is None or self.shots >= 1, "shots", "1 or more")
+        self._require(self.fraction is None or 0 < self.fraction <= 1, "fraction", "a share above 0, at most 1")
+        self._require(self.repeats >= 1, "repeats", "1 or more")
+        self._require(self.epochs >= 1, "epochs", "1 or more")
+        self._require(self.batch_size >= 1, "batch_size", "1 or more")
+        self._require(0 < self.lr < math.inf, "lr", "a number above 0")
         self._require(self.seed >= 0, "seed", "0 or more")
 
 

@@ -1,18 +1,24 @@
-"""Arrays -> numbers: accuracy, confusion, intervals, the paired test. numpy and scipy only, no files and no figures."""
+"""Arrays -> numbers: accuracy, calibration, confusion, intervals, the paired test, learning curves.
+
+numpy and scipy only, no files and no figures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import least_squares
 from scipy.special import softmax
 from scipy.stats import binomtest
 
 Labels = NDArray[np.int64]
+MANY_CLASSES = 10  # above which it is of interest whether the right one is among the first five
 
 
-def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def to_probabilities(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Softmax of logits (N, C) along the classes, in double precision."""
     probabilities: NDArray[np.float64] = softmax(logits.astype(np.float64), axis=1)
     return probabilities
@@ -21,6 +27,84 @@ def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def count_correct(labels: Labels, predictions: Labels) -> int:
     """How many of (N,) predictions are right."""
     return int((labels == predictions).sum())
+
+
+def measure_probabilities(labels: Labels, probabilities: NDArray[np.float64]) -> dict[str, float]:
+    """What N predictions are worth beyond how many are right.
+
+    Parameters
+    ----------
+    labels
+        (N,).
+    probabilities
+        (N, C).
+
+    Returns
+    -------
+    "balanced_accuracy" (each class counts the same), "log_loss" (nats), "brier" (squared error, summed over classes; 0
+    to 2), "calibration_error" (see `calibration_error`), and of more than ten classes "top5_accuracy".
+    """
+    own = probabilities[np.arange(len(labels)), labels]
+    right = probabilities.argmax(axis=1) == labels
+    counts = np.bincount(labels)
+    recalls = np.bincount(labels, weights=right)[counts > 0] / counts[counts > 0]
+    measured = {
+        "balanced_accuracy": float(recalls.mean()),
+        "log_loss": float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean()),
+        "brier": float((np.square(probabilities).sum(axis=1) - 2 * own + 1).mean()),
+        "calibration_error": calibration_error(right, probabilities.max(axis=1)),
+    }
+    if probabilities.shape[1] > MANY_CLASSES:
+        above = (probabilities > own[:, None]).sum(axis=1)
+        measured["top5_accuracy"] = float((above < 5).mean())
+    return measured
+
+
+def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.float64], n_bins: int = 15) -> float:
+    """Expected calibration error: how far confidence (N,) is from the share that is right, in bins of equal width.
+
+    Source: M. P. Naeini, G. F. Cooper and M. Hauskrecht, Obtaining well calibrated probabilities using Bayesian
+    binning, AAAI 2015; 15 bins as in C. Guo et al., On calibration of modern neural networks, ICML 2017.
+
+    >>> calibration_error(np.array([True, False]), np.array([0.9, 0.9]))
+    0.4
+    """
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    surplus = np.bincount(bins, weights=confidence - right, minlength=n_bins)
+    return float(np.abs(surplus).sum() / len(right))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """How a classifier's error falls with the number n of training images: floor + factor n^-power."""
+
+    floor: float
+    factor: float
+    power: float
+
+    def accuracy(self, n: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """At n images."""
+        found: NDArray[np.float64] = 1 - self.floor - self.factor * np.asarray(n, np.float64) ** -self.power
+        return found
+
+
+def fit_power_law(n: NDArray[np.float64], accuracy: NDArray[np.float64]) -> PowerLaw:
+    """Fit the law to accuracies (S,) at n (S,) training images, later ones counting more, by least squares.
+
+    Source: C. Cortes et al., Learning curves: asymptotic values and rate of convergence, NIPS 1993; for how far it
+    holds T. Viering and M. Loog, The shape of learning curves: a review, TPAMI 45 (2023).
+    """
+    errors, weights = 1 - accuracy, np.sqrt(n / n.max())
+    scaled = n / n[0]
+
+    def residuals(law: NDArray[np.float64]) -> NDArray[np.float64]:
+        surplus: NDArray[np.float64] = weights * (law[0] + law[1] * scaled ** -law[2] - errors)
+        return surplus
+
+    lowest = max(float(errors.min()), 1e-6)
+    start = [lowest / 2, max(float(errors[0]) - lowest / 2, 1e-6), 0.5]
+    found = least_squares(residuals, start, bounds=([0, 0, 0.01], [1, 2, 3])).x
+    return PowerLaw(floor=float(found[0]), factor=float(found[1] * n[0] ** found[2]), power=float(found[2]))
 
 
 def confusion_matrix(labels: Labels, predictions: Labels, n_classes: int) -> NDArray[np.int64]:

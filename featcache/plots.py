@@ -42,19 +42,77 @@ def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
     return figure
 
 
-def draw_selection(candidates: Sequence[Mapping[str, float]], chosen: float, title: str) -> Figure:
-    """Cross-validated log loss and accuracy against C."""
+def draw_selection(
+    candidates: Sequence[Mapping[str, float]], chosen: Mapping[str, float], criterion: str, title: str
+) -> Figure:
+    """Loss and accuracy of everything that was tried, against the first value, a line for each of the second.
+
+    Parameters
+    ----------
+    candidates
+        Each with the values by name, "loss" and "accuracy".
+    chosen
+        The values by name: {"C": 0.1}, or {"k": 20, "temperature": 0.1}.
+    criterion
+        What the loss is.
+    title
+        Above all.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(_plain(title))
-    values = [row["C"] for row in candidates]
-    for axes, what, name in zip(
-        figure.subplots(1, 2), ("cv_log_loss", "cv_accuracy"), ("log loss (nats)", "accuracy"), strict=True
+    first, *others = chosen
+    lines = sorted({tuple(one[name] for name in others) for one in candidates})
+    axes_of = dict(zip(("loss", "accuracy"), figure.subplots(1, 2), strict=True))
+    for i, line in enumerate(lines):
+        rows = [one for one in candidates if tuple(one[name] for name in others) == line]
+        label = ", ".join(f"{name} = {value:g}" for name, value in zip(others, line, strict=True))
+        for what, axes in axes_of.items():
+            colour = COLOURS[i % len(COLOURS)]
+            axes.semilogx(
+                [row[first] for row in rows], [row[what] for row in rows], "o-", ms=4, color=colour, label=label or None
+            )
+    words = ", ".join(f"{name} = {value:g}" for name, value in chosen.items())
+    unit = " (nats)" if criterion == "log loss" else ""
+    for what, axes in axes_of.items():
+        axes.axvline(chosen[first], color=INK, lw=1, ls="--", label=f"chosen: {words}")
+        x = "C (weaker penalty to the right)" if first == "C" else first
+        _label(axes, x, f"held-out {criterion}{unit}" if what == "loss" else "held-out accuracy")
+    axes_of["accuracy"].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes_of["loss"].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_learning_curve(curve: Mapping[str, Any], title: str) -> Figure:
+    """Accuracy against the number of training images, with intervals, and what a power law foretells.
+
+    `curve` has `points` and `forecast`, each with `images`, `accuracy`, `low`, `high`, and `law` or None: docs/json.md.
+    """
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(_plain(title), fontsize=11)
+    for points, colour, marker, label in (
+        (curve["points"], COLOURS[0], "o", "held-out training images, 95 % interval"),
+        (curve["forecast"], COLOURS[1], "D", "with 2 and 4 times as many, foretold"),
     ):
-        axes.semilogx(values, [row[what] for row in candidates], "o-", ms=4, color=COLOURS[0])
-        axes.axvline(chosen, color=COLOURS[1], lw=1, ls="--", label=f"chosen: C = {chosen:g}")
-        _label(axes, "C (weaker penalty to the right)", f"held-out {name}")
-    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.axes[0].legend(frameon=False)
+        if points:
+            values = [one["accuracy"] for one in points]
+            errors = [
+                [max(one["accuracy"] - one["low"], 0) for one in points],
+                [max(one["high"] - one["accuracy"], 0) for one in points],
+            ]
+            images = [one["images"] for one in points]
+            axes.errorbar(images, values, yerr=errors, fmt=marker, ms=5, capsize=3, color=colour, label=label)
+    if law := curve["law"]:
+        last = curve["forecast"][-1]["images"]
+        n = np.geomspace(curve["points"][0]["images"], last, 100)
+        axes.plot(n, 1 - law["floor"] - law["factor"] * n ** -law["power"], "--", lw=1, color=INK, label="power law")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _label(axes, "training images (log scale)", "accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.legend(frameon=False, loc="lower right")
     return figure
 
 

@@ -21,7 +21,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,8 @@ class RunRecord:
     parameters
         "trainable" and "total".
     accuracy
-        "val" and perhaps "test": each with n, correct and accuracy; "train" is the share alone.
+        "val" and perhaps "test": each with n, correct, accuracy and `featcache.metrics.measure_probabilities`; "train"
+        is the share alone.
     selection
         How hyper-parameters or the epoch were chosen, and on what.
     device
@@ -69,6 +70,8 @@ class RunRecord:
         Versions, platform, cores.
     notes
         Remarks that the user should see.
+    details
+        Of a head: solver, what was chosen, convergence, calibration, draws of images, the learning curve.
     """
 
     kind: str
@@ -84,6 +87,7 @@ class RunRecord:
     device: str
     environment: dict[str, Any]
     notes: list[str]
+    details: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -143,7 +147,8 @@ def read_record(folder: Path | str) -> RunRecord:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        record = RunRecord(**{field.name: value[field.name] for field in fields(RunRecord)})
+        value.setdefault("details", {})  # of runs before there were any
+        record = RunRecord(**{one.name: value[one.name] for one in fields(RunRecord)})
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); run it again") from error
     if record.schema != SCHEMA:

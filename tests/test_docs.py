@@ -78,7 +78,12 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 def test_the_options_in_the_documents_exist() -> None:
     commands = [featcache.get_command(click.Context(featcache), name) for name in COMMANDS]
     commands += [sub for group in commands if isinstance(group, click.Group) for sub in group.commands.values()]
-    known = {option for command in commands for parameter in command.params for option in parameter.opts} | {
+    known = {
+        option
+        for command in commands
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {
         "--help",
         "--whole-job",
     }

@@ -1,31 +1,38 @@
-"""featcache.heads: two solvers and one optimum, the folded standardisation, and the choice of C."""
+"""featcache.heads, from outside: what `fit_head` promises of every solver, on good rows and on odd ones."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from test_solvers import Problem, make_cloud, make_problem, make_views, problems, stack, standardise, strengths
 from threadpoolctl import threadpool_limits
 
 from featcache.config import SOLVERS, HeadConfig
 from featcache.errors import DatasetError
-from featcache.heads import fit_head, load_solver
+from featcache.heads import FittedHead, HeldOut, LinearHead, NeighbourHead, fit_head, lbfgs, logistic, remake_head, sgd
+from featcache.heads.calibration import fit_temperature
+from featcache.heads.rows import weigh_images
+from featcache.heads.selection import make_folds
 from featcache.metrics import to_probabilities
 
-Problem = tuple[NDArray[np.float32], NDArray[np.int64]]
+Array = NDArray[Any]
 QUICK = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 GRID = (1e-3, 1e-2, 1e-1, 1.0)
+ALL = [name for name in SOLVERS if name != "auto"]
+EXACT = ["lbfgs", "sklearn"]
+WITH_C = [name for name in ALL if name != "knn"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,289 +45,665 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_problem(seed: int, n: int = 60, d: int = 8, n_classes: int = 3, spread: float = 1.0) -> Problem:
-    """Overlapping clouds on axes of very different scale and offset; every class is there."""
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % n_classes)
-    clouds = rng.normal(0, spread, (n_classes, d))[labels] + rng.normal(0, 1, (n, d))
-    scales, offsets = 10 ** rng.uniform(-2, 2, d), rng.normal(0, 5, d)
-    return (clouds * scales + offsets * scales).astype(np.float32), labels
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sgd: enough where only the outline matters."""
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 60)
 
 
-problems = st.builds(
-    make_problem,
-    seed=st.integers(0, 10_000),
-    n=st.integers(20, 80),
-    d=st.integers(2, 30),
-    n_classes=st.integers(2, 5),
-    spread=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
-)
-strengths = st.floats(-3, 1).map(lambda exponent: 10**exponent)
+def count_classes(labels: Array) -> int:
+    return int(labels.max()) + 1
 
 
-def standardise(features: NDArray[np.float32]) -> NDArray[np.float64]:
-    values = features.astype(np.float64)
-    return (values - values.mean(axis=0)) / values.std(axis=0)
-
-
-# --- two solvers, one optimum -----------------------------------------------------------------------------------------
-
-
-@QUICK
-@given(problem=problems, strength=strengths)
-def test_both_solvers_find_the_same_optimum(problem: Problem, strength: float) -> None:
+def fit(problem: Problem, solver: str = "lbfgs", **values: Any) -> FittedHead:
     features, labels = problem
-    first, second = (load_solver(name)(standardise(features), labels, C=strength) for name in SOLVERS)
-    assert first.converged
-    assert second.converged
-    assert first.coefficients.shape == second.coefficients.shape
-    scale = np.abs(first.coefficients).max()
-    np.testing.assert_allclose(second.coefficients, first.coefficients, rtol=0, atol=1e-3 * scale)
-    np.testing.assert_allclose(second.intercept, first.intercept, rtol=0, atol=1e-3 * max(scale, 1))
+    return fit_head(features, labels, count_classes(labels), HeadConfig(solver=solver, **values))
+
+
+def find_accuracy(fitted: FittedHead, problem: Problem) -> float:
+    return float((fitted.head.logits(problem[0]).argmax(axis=1) == problem[1]).mean())
+
+
+def find_log_loss(logits: Array, labels: Array) -> float:
+    return float(-np.log(to_probabilities(logits)[np.arange(len(labels)), labels]).mean())
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 @QUICK
 @given(problem=problems, strength=strengths)
 def test_heads_of_both_solvers_predict_the_same(problem: Problem, strength: float) -> None:
-    features, labels = problem
-    heads = [fit_head(features, labels, labels.max() + 1, HeadConfig(solver=name, C=strength)).head for name in SOLVERS]
-    first, second = (to_probabilities(head.logits(features)) for head in heads)
+    features, _ = problem
+    first, second = (to_probabilities(fit(problem, name, C=strength).head.logits(features)) for name in EXACT)
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-3)
     top = np.sort(first, axis=1)
     clear = top[:, -1] - top[:, -2] > 2e-3
     assert np.array_equal(first.argmax(axis=1)[clear], second.argmax(axis=1)[clear])
-    scale = np.abs(heads[0].weight).max(axis=0)  # features differ in scale by orders of magnitude
-    np.testing.assert_allclose(heads[1].weight / scale, heads[0].weight / scale, rtol=0, atol=5e-3)
 
 
-@QUICK
-@given(problem=problems, strength=strengths, solver=st.sampled_from(SOLVERS))
-def test_the_optimum_is_one(problem: Problem, strength: float, solver: str) -> None:
-    """The gradient of the stated objective vanishes, written here once more in plain numpy."""
-    features, labels = problem
-    x = standardise(features)
-    solution = load_solver(solver)(x, labels, C=strength)
-    logits = x @ solution.coefficients.T + solution.intercept
-    if logits.shape[1] == 1:
-        surplus = 1 / (1 + np.exp(-logits)) - labels[:, None]
-    else:
-        surplus = to_probabilities(logits) - np.eye(labels.max() + 1)[labels]
-    gradient = strength * surplus.T @ x + solution.coefficients
-    assert np.abs(gradient).max() / (strength * len(x)) < 1e-6
-    assert np.abs(surplus.mean(axis=0)).max() < 1e-6
-
-
-@pytest.mark.parametrize("n_classes", [2, 4])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_head_on_raw_features_is_the_solution_on_standardised_ones(solver: str, n_classes: int) -> None:
-    features, labels = make_problem(1, n_classes=n_classes)
-    solution = load_solver(solver)(standardise(features), labels, C=0.1)
-    head = fit_head(features, labels, n_classes, HeadConfig(solver=solver, C=0.1)).head
-    expected = standardise(features) @ solution.coefficients.T + solution.intercept
-    logits = head.logits(features)
-    found = logits[:, 1:] - logits[:, :1] if n_classes == 2 else logits
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3 * np.abs(expected).max())
-    assert np.ptp(expected) > 0.5
-
-
-def test_a_head_gives_the_probabilities_of_plain_scikit_learn() -> None:
-    for n_classes in (2, 3):
-        features, labels = make_problem(2, n_classes=n_classes)
-        plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.3, tol=1e-8, max_iter=1000))
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize(("n_classes", "n", "d"), [(2, 60, 8), (3, 60, 8), (3, 30, 80)])
+@pytest.mark.parametrize("solver", EXACT)
+def test_a_head_gives_the_probabilities_of_plain_scikit_learn(
+    solver: str, n_classes: int, n: int, d: int, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == "large":
+        monkeypatch.setattr(logistic, "SMALL", 0)
+        monkeypatch.setattr(lbfgs, "FEW_NUMBERS", 0)
+    features, labels = make_problem(2, n=n, d=d, n_classes=n_classes)
+    for strength in (0.01, 0.3):
+        plain = make_pipeline(StandardScaler(), LogisticRegression(C=strength, tol=1e-8, max_iter=1000))
         expected = plain.fit(features.astype(np.float64), labels).predict_proba(features.astype(np.float64))
-        head = fit_head(features, labels, n_classes, HeadConfig(C=0.3)).head
-        np.testing.assert_allclose(to_probabilities(head.logits(features)), expected, rtol=0, atol=1e-4)
+        fitted = fit((features, labels), solver, C=strength)
+        assert fitted.converged
+        assert fitted.gradient is not None
+        assert fitted.gradient < 2e-6
+        np.testing.assert_allclose(to_probabilities(fitted.head.logits(features)), expected, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
 def test_a_head_is_float32_with_a_row_for_each_class(solver: str, n_classes: int) -> None:
     features, labels = make_problem(3, d=7, n_classes=n_classes)
-    head = fit_head(features, labels, n_classes, HeadConfig(solver=solver, C=0.1)).head
+    head = fit((features, labels), solver, C=0.1).head
+    assert isinstance(head, LinearHead)
     assert (head.weight.dtype, head.weight.shape) == (np.float32, (n_classes, 7))
     assert (head.bias.dtype, head.bias.shape) == (np.float32, (n_classes,))
     assert head.weight.flags.c_contiguous
     assert head.logits(features).dtype == np.float32
+    assert head.n_parameters == n_classes * 8
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_solver_that_stops_too_early_says_so(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"featcache.heads.{solver}.MAX_ITERATIONS", 2)
-    features, labels = make_problem(4)
+def test_neighbours_are_kept_in_float32_with_unit_length() -> None:
+    features, labels = make_cloud(3)
+    head = fit((features, labels), "knn").head
+    assert isinstance(head, NeighbourHead)
+    assert (head.features.dtype, head.features.shape) == (np.float32, features.shape)
+    np.testing.assert_allclose(np.linalg.norm(head.features, axis=1), 1, rtol=1e-6)
+    assert head.logits(features).dtype == np.float32
+    np.testing.assert_allclose(np.exp(head.logits(features)).sum(axis=1), 1, rtol=1e-5)  # log probabilities
+
+
+@pytest.mark.parametrize("solver", EXACT)
+def test_a_fit_that_stops_too_early_says_so_and_warns_nobody(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.heads.descent.MAX_EVALUATIONS", 3)
+    monkeypatch.setattr("featcache.heads.sklearn.MAX_ITERATIONS", 3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fitted = fit_head(features, labels, 3, HeadConfig(solver=solver, C=1.0))
+        fitted = fit(make_problem(4), solver, C=1.0)
     assert not fitted.converged
-    assert fitted.iterations <= 2
+    assert fitted.evaluations <= 6
+    assert fitted.gradient is not None
+    assert fitted.gradient > 1e-4
     assert caught == []
 
 
-# --- odd features -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_a_head_that_is_taken_apart_is_the_same_when_it_is_made_again(solver: str) -> None:
+    features, labels = make_cloud(5)
+    head = fit((features, labels), solver, scaling="l2").head.divide_logits(2.5)
+    values, arrays = head.take_apart()
+    again = remake_head(values, arrays, (3, 6))
+    assert np.array_equal(again.logits(features), head.logits(features))
+    for shape in ((4, 6), (3, 7), (2, 6)) if solver != "knn" else ((3, 7), (2, 6)):
+        with pytest.raises(ValueError, match=r"weight|features"):
+            remake_head(values, arrays, shape)
+    name = next(iter(arrays))
+    with pytest.raises(KeyError):
+        remake_head(values, {key: array for key, array in arrays.items() if key != name}, (3, 6))
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_the_same_rows_give_the_same_head_bit_for_bit(solver: str) -> None:
+    problem, fits = make_problem(17), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the global state is what must not matter
+        fits.append(fit(problem, solver, calibrate=True))
+    assert fits[0].selection == fits[1].selection
+    assert fits[0].temperature == fits[1].temperature
+    assert fits[0].head.logits(problem[0]).tobytes() == fits[1].head.logits(problem[0]).tobytes()
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_what_is_given_is_left_as_it_is(solver: str) -> None:
+    features, labels = make_problem(19)
+    views = make_views(19, features, 2)
+    before = features.copy(), labels.copy(), views.copy()
+    threads = torch.get_num_threads()
+    fit_head(features, labels, 3, HeadConfig(solver=solver, scaling="l2", class_weight="balanced"), views=views)
+    assert all(np.array_equal(one, other) for one, other in zip((features, labels, views), before, strict=True))
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_rows_in_half_precision_are_as_good_as_in_single(solver: str) -> None:
+    features, labels = make_cloud(20)
+    features = features.astype(np.float16)
+    config = {"k": 5, "temperature": 0.1} if solver == "knn" else {"C": 0.1}
+    half, single = (fit((one, labels), solver, **config).head for one in (features, features.astype(np.float32)))
+    queries = features.astype(np.float32)
+    np.testing.assert_allclose(half.logits(queries), single.logits(queries), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_the_order_of_the_images_does_not_matter(solver: str) -> None:
+    """Beyond what a stream's own order brings."""
+    features, labels = make_cloud(21)
+    config = {"k": 5, "temperature": 0.1} if solver == "knn" else {"C": 0.1}
+    order = np.random.default_rng(21).permutation(len(labels))
+    first, second = fit((features, labels), solver, **config), fit((features[order], labels[order]), solver, **config)
+    found = [to_probabilities(one.head.logits(features)) for one in (first, second)]
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-3)
+
+
+def test_seconds_are_told_and_choosing_is_a_part_of_them() -> None:
+    for solver in ("lbfgs", "ridge", "knn"):
+        fitted = fit(make_problem(22), solver)
+        assert 0 < fitted.selection_seconds < fitted.seconds
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
+def test_the_scale_of_a_feature_does_not_matter_where_features_are_standardised(solver: str) -> None:
+    features, labels = make_problem(8)
+    factors = 2.0 ** np.arange(-4, 4).astype(np.float32)
+    plain, scaled = (fit((x, labels), solver, C=0.1).head.logits(x) for x in (features, features * factors))
+    np.testing.assert_allclose(scaled, plain, rtol=0, atol=2e-3)
+    unscaled, other = (
+        fit((x, labels), solver, C=0.1, scaling="none").head.logits(x) for x in (features, features * factors)
+    )
+    assert np.abs(unscaled - other).max() > 0.05
+
+
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
+def test_a_rotation_does_not_matter_where_proportions_are_kept(solver: str) -> None:
+    features, labels = make_cloud(9)
+    rotation = np.linalg.qr(np.random.default_rng(9).normal(size=(6, 6)))[0].astype(np.float32)
+    for scaling in ("none", "l2"):
+        plain, turned = (
+            fit((x, labels), solver, C=0.1, scaling=scaling).head.logits(x) for x in (features, features @ rotation)
+        )
+        np.testing.assert_allclose(turned, plain, rtol=0, atol=5e-3)
+        one_factor = fit((features * 37, labels), solver, C=0.1, scaling=scaling).head.logits(features * 37)
+        np.testing.assert_allclose(one_factor, plain, rtol=0, atol=5e-3)
+
+
+def test_without_scaling_all_features_are_divided_by_one_number() -> None:
+    features, labels = make_cloud(10)
+    x = features.astype(np.float64) * np.array([1, 1, 1, 1, 1, 4])
+    scaled = (x - x.mean(axis=0)) / np.sqrt(x.var(axis=0).mean())
+    expected = LogisticRegression(C=0.1, tol=1e-8).fit(scaled, labels).predict_proba(scaled)
+    found = to_probabilities(
+        fit((x.astype(np.float32), labels), C=0.1, scaling="none").head.logits(x.astype(np.float32))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_the_length_of_a_row_does_not_matter_where_rows_are_divided_by_it(solver: str) -> None:
+    features, labels = make_cloud(11)
+    lengths = np.random.default_rng(11).choice([0.25, 1.0, 8.0], (len(labels), 1)).astype(np.float32)
+    plain, scaled = (fit((x, labels), solver, scaling="l2") for x in (features, features * lengths))
+    np.testing.assert_allclose(scaled.head.logits(features), plain.head.logits(features), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(plain.head.logits(features * lengths), plain.head.logits(features), rtol=0, atol=2e-3)
+    if isinstance(plain.head, LinearHead):
+        assert plain.head.unit_length
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        strength = plain.selection.choice["C"]
+        expected = fit((unit, labels), solver, scaling="none", C=strength).head.weight
+        factor = plain.head.weight / expected  # what is calibrated on the same rows is calibrated alike
+        np.testing.assert_allclose(factor, factor.mean(), rtol=0.02)
+
+
+def test_a_row_of_zeros_has_no_direction_and_does_no_harm() -> None:
+    features, labels = make_cloud(12)
+    features[4] = 0
+    for solver in ("lbfgs", "ridge", "knn"):
+        fitted = fit((features, labels), solver, scaling="l2")
+        assert np.isfinite(fitted.head.logits(features)).all()
+        assert find_accuracy(fitted, (features, labels)) > 0.6
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
 def test_a_feature_that_never_varies_is_harmless(solver: str, value: float) -> None:
     features, labels = make_problem(5)
-    config = HeadConfig(solver=solver, C=0.1)
-    plain = fit_head(features, labels, 3, config).head
-    constant = np.full((len(features), 1), value, np.float32)
-    more = fit_head(np.hstack([features, constant]), labels, 3, config).head
-    assert np.isfinite(more.weight).all()
-    np.testing.assert_allclose(more.weight[:, -1], 0, atol=1e-6)
-    np.testing.assert_allclose(more.logits(np.hstack([features, constant])), plain.logits(features), rtol=0, atol=1e-3)
+    plain = fit((features, labels), solver, C=0.1).head
+    more = np.hstack([features, np.full((len(features), 1), value, np.float32)])
+    head = fit((more, labels), solver, C=0.1).head
+    assert np.isfinite(head.weight).all()
+    np.testing.assert_allclose(head.weight[:, -1], 0, atol=1e-5)
+    np.testing.assert_allclose(head.logits(more), plain.logits(features), rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_feature_that_varies_only_elsewhere_does_not_explode(solver: str) -> None:
-    features, labels = make_problem(6)
-    features[:, 2] = 0.1
-    head = fit_head(features, labels, 3, HeadConfig(solver=solver, C=0.1)).head
-    moved = features.copy()
-    moved[:, 2] = 0.2
-    np.testing.assert_allclose(head.logits(moved), head.logits(features), rtol=0, atol=1e-3)
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
+def test_a_feature_that_varies_only_elsewhere_does_not_explode(
+    solver: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if size == "large":
+        monkeypatch.setattr(logistic, "SMALL", 0)
+    for value in (0.1, 1234.567):
+        features, labels = make_problem(6)
+        features[:, 2] = value
+        head = fit((features, labels), solver, C=0.1).head
+        moved = features.copy()
+        moved[:, 2] *= 2
+        np.testing.assert_allclose(head.logits(moved), head.logits(features), rtol=0, atol=1e-3)
 
 
-def test_one_feature_and_more_features_than_rows_are_both_well() -> None:
-    for d in (1, 200):
-        features, labels = make_problem(7, n=20, d=d, n_classes=2)
-        first, second = (
-            fit_head(features, labels, 2, HeadConfig(C=0.1, solver=name)).head.logits(features) for name in SOLVERS
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
+def test_one_feature_is_enough(solver: str) -> None:
+    features, labels = make_problem(7, d=1, n_classes=2, spread=3.0)
+    assert find_accuracy(fit((features, labels), solver, C=1.0), (features, labels)) > 0.7
+
+
+# --- weights and views ------------------------------------------------------------------------------------------------
+
+
+def test_balanced_classes_count_as_in_scikit_learn() -> None:
+    features, labels = make_problem(31)
+    labels = np.where(labels == 2, 1, labels)
+    x = standardise(features, weigh_images(labels, 2, "balanced"))
+    plain = LogisticRegression(C=0.1, tol=1e-8, class_weight="balanced").fit(x, labels)
+    found = to_probabilities(fit((features, labels), C=0.1, class_weight="balanced").head.logits(features))
+    np.testing.assert_allclose(found, plain.predict_proba(x), rtol=0, atol=1e-4)
+    weights = weigh_images(labels, 2, "balanced")
+    assert weights.mean() == pytest.approx(1)
+    assert weights[labels == 0].sum() == pytest.approx(weights[labels == 1].sum())
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_rare_classes_are_found_more_often_where_all_classes_count_the_same(solver: str) -> None:
+    rng = np.random.default_rng(32)
+    labels = np.repeat([0, 1], [400, 20])
+    features = (rng.normal(size=(420, 4)) + 1.0 * labels[:, None]).astype(np.float32)
+    config = {"k": 50, "temperature": 1.0} if solver == "knn" else {"C": 0.1}
+    plain, balanced = (fit((features, labels), solver, **config, class_weight=one) for one in (None, "balanced"))
+    recalls = [(one.head.logits(features).argmax(axis=1)[labels == 1] == 1).mean() for one in (plain, balanced)]
+    assert recalls[1] > recalls[0] + 0.2
+
+
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+@pytest.mark.parametrize("scaling", ["standard", "none", "l2"])
+@pytest.mark.parametrize("solver", [*EXACT, "ridge"])
+def test_views_are_rows_that_share_what_their_image_counts(solver: str, scaling: str, class_weight: str | None) -> None:
+    features, labels = make_problem(33)
+    labels = np.minimum(labels, 1)
+    views = make_views(33, features, 3)
+    config = HeadConfig(solver=solver, C=0.1, scaling=scaling, class_weight=class_weight)
+    fitted = fit_head(features, labels, 2, config, views=views)
+    every = stack(features, views).astype(np.float64)
+    weights = np.repeat(weigh_images(labels, 2, class_weight) / 4, 4)
+    if scaling == "l2":
+        every = every / np.linalg.norm(every, axis=1, keepdims=True)
+    mean = np.average(every, axis=0, weights=weights)
+    variance = np.average(np.square(every - mean), axis=0, weights=weights)
+    x = (every - mean) / np.sqrt(variance if scaling == "standard" else variance.mean())
+    if solver == "ridge":
+        targets = np.repeat(np.eye(2)[labels], 4, axis=0)
+        scores = Ridge(alpha=10, solver="cholesky").fit(x, targets, sample_weight=weights).predict(x)
+        expected = to_probabilities(scores / fitted.temperature)
+    else:
+        model = LogisticRegression(C=0.1, tol=1e-8, max_iter=1000)
+        expected = model.fit(x, np.repeat(labels, 4), sample_weight=weights).predict_proba(x)
+    found = to_probabilities(fitted.head.logits(stack(features, views)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+def test_views_that_are_the_plain_features_change_nothing() -> None:
+    features, labels = make_cloud(34)
+    views = np.repeat(features[:, None], 2, axis=1)
+    for solver in ("lbfgs", "ridge"):
+        config = HeadConfig(solver=solver, grid=GRID)
+        plain, more = fit_head(features, labels, 3, config), fit_head(features, labels, 3, config, views=views)
+        np.testing.assert_allclose(more.head.logits(features), plain.head.logits(features), rtol=0, atol=2e-3)
+        losses = [[one.loss for one in fitted.selection.candidates] for fitted in (plain, more)]
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_a_stream_learns_from_views_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 300)
+    features, labels = make_cloud(35)
+    views = make_views(35, features, 2)
+    best, found = (
+        to_probabilities(
+            fit_head(features, labels, 3, HeadConfig(solver=name, C=0.01), views=views).head.logits(features)
         )
-        np.testing.assert_allclose(first, second, rtol=0, atol=1e-3)
+        for name in ("lbfgs", "sgd")
+    )
+    without = to_probabilities(fit_head(features, labels, 3, HeadConfig(C=0.01)).head.logits(features))
+    assert np.abs(found - best).max() < 0.01
+    assert np.abs(without - best).max() > 0.02
 
 
-def test_the_scale_of_a_feature_does_not_matter() -> None:
-    features, labels = make_problem(8)
-    factors = 2.0 ** np.arange(-4, 4).astype(np.float32)
-    config = HeadConfig(C=0.1)
-    plain, scaled = (fit_head(x, labels, 3, config).head.logits(x) for x in (features, features * factors))
-    np.testing.assert_allclose(scaled, plain, rtol=0, atol=1e-3)
+def test_views_vote_as_neighbours() -> None:
+    features, labels = make_cloud(36)
+    views = make_views(36, features, 2)
+    head = fit_head(features, labels, 3, HeadConfig(solver="knn", k=1, temperature=0.1), views=views).head
+    assert isinstance(head, NeighbourHead)
+    assert len(head.features) == 3 * len(features)
+    assert np.array_equal(head.logits(views[:, 1]).argmax(axis=1), labels)
 
 
-# --- the choice of C --------------------------------------------------------------------------------------------------
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def cross_validate_plainly(features: NDArray[np.float32], labels: NDArray[np.int64], strength: float) -> float:
-    """Log loss of the held-out rows of standardised features, by scikit-learn alone."""
-    plain = LogisticRegression(C=strength, tol=1e-8, max_iter=1000)
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    held_out = cross_val_predict(plain, standardise(features), labels, cv=folds, method="predict_proba")
-    return float(log_loss(labels, held_out))
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("n_classes", "d"), [(2, 8), (3, 8), (3, 90)])
-def test_candidates_have_the_scores_of_a_plain_cross_validation(n_classes: int, d: int, solver: str) -> None:
-    features, labels = make_problem(9, d=d, n_classes=n_classes)
-    candidates = fit_head(features, labels, n_classes, HeadConfig(grid=GRID, solver=solver)).candidates
-    assert tuple(candidate.C for candidate in candidates) == GRID
-    expected = [cross_validate_plainly(features, labels, strength) for strength in GRID]
-    np.testing.assert_allclose([candidate.log_loss for candidate in candidates], expected, rtol=0.005)
-    assert all(0 < candidate.accuracy <= 1 for candidate in candidates)
-
-
+@pytest.mark.parametrize("solver", [*EXACT, "ridge", "knn"])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 2.0])
-def test_the_least_log_loss_is_taken_whatever_the_accuracies(spread: float) -> None:
-    features, labels = make_problem(10, spread=spread)
-    fitted = fit_head(features, labels, 3, HeadConfig(grid=GRID))
-    best = min(fitted.candidates, key=lambda candidate: candidate.log_loss)
-    assert fitted.C == best.C
-    assert fitted.selection == "5-fold cross-validation on the training split, least log loss"
-    given_c = fit_head(features, labels, 3, HeadConfig(C=best.C)).head
-    assert np.array_equal(fitted.head.weight, given_c.weight)
+def test_the_least_loss_is_taken_whatever_the_accuracies(spread: float, solver: str) -> None:
+    problem = make_problem(10, spread=spread)
+    config = {} if solver == "knn" else {"grid": GRID}
+    fitted = fit(problem, solver, **config)
+    best = min(fitted.selection.candidates, key=lambda one: one.loss)
+    assert fitted.selection.choice == best.choice
+    assert all(0 <= one.accuracy <= 1 for one in fitted.selection.candidates)
+    chosen = {name: int(value) if name == "k" else value for name, value in best.choice.items()}
+    given_head = fit(problem, solver, **chosen).head
+    assert np.array_equal(fitted.head.logits(problem[0]), given_head.logits(problem[0]))
+
+
+def test_how_it_was_chosen_is_said() -> None:
+    problem = make_problem(11)
+    assert fit(problem).selection.procedure == "5-fold cross-validation on the training split, least log loss"
+    assert fit(problem, folds=3).selection.procedure.startswith("3-fold")
+    chosen = fit(problem, "ridge").selection
+    assert chosen.procedure == "leave-one-out on the training split, least squared error"
+    assert chosen.criterion == "leave-one-out squared error"
 
 
 def test_noise_wants_a_small_c_and_plain_classes_a_large_one() -> None:
-    chosen = [fit_head(*make_problem(11, spread=spread), 3, HeadConfig(grid=GRID)).C for spread in (0.0, 3.0)]
-    assert chosen[0] == GRID[0]
-    assert chosen[1] > GRID[1]
+    for solver in (*EXACT, "ridge"):
+        chosen = [
+            fit(make_problem(11, spread=spread), solver, grid=GRID).selection.choice["C"] for spread in (0.0, 3.0)
+        ]
+        assert chosen[0] == GRID[0]
+        assert chosen[1] > GRID[1]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
-def test_features_of_which_none_varies_are_refused(value: float, solver: str) -> None:
-    features, labels = np.full((20, 3), value, np.float32), np.array([0] * 15 + [1] * 5)
-    with pytest.raises(DatasetError, match="equal features"):
-        fit_head(features, labels, 2, HeadConfig(solver=solver))
+def test_the_end_of_what_was_tried_is_known() -> None:
+    selection = fit(make_problem(11, spread=0.0), grid=GRID).selection
+    assert selection.is_at_end("C")
+    assert not replace(selection, choice={"C": GRID[1]}).is_at_end("C")
+    assert not fit(make_problem(11), C=0.1).selection.is_at_end("C")
 
 
-def test_the_grid_may_come_in_any_order() -> None:
-    features, labels = make_problem(20)
-    first, second = (fit_head(features, labels, 3, HeadConfig(grid=grid)) for grid in (GRID, GRID[::-1]))
-    assert first.C == second.C
-    assert np.array_equal(first.head.weight, second.head.weight)
+@pytest.mark.parametrize("solver", [*EXACT, "ridge"])
+def test_the_grid_may_come_in_any_order(solver: str) -> None:
+    problem = make_problem(20)
+    first, second = (fit(problem, solver, grid=grid) for grid in (GRID, GRID[::-1]))
+    assert first.selection == second.selection
+    assert np.array_equal(first.head.logits(problem[0]), second.head.logits(problem[0]))
 
 
 def test_only_the_rows_given_have_a_say() -> None:
     features, labels = make_problem(12, n=90)
     poisoned = features.copy()
     poisoned[60:] = np.nan
-    alone = fit_head(features[:60].copy(), labels[:60].copy(), 3, HeadConfig(grid=GRID))
-    beside = fit_head(poisoned[:60], labels[:60], 3, HeadConfig(grid=GRID))
-    assert alone.candidates == beside.candidates
-    assert np.array_equal(alone.head.weight, beside.head.weight)
+    alone, beside = (fit((one, labels[:60])) for one in (features[:60].copy(), poisoned[:60]))
+    assert alone.selection == beside.selection
+    assert np.array_equal(alone.head.logits(features), beside.head.logits(features))
 
 
-def test_a_held_out_row_has_no_say_in_its_own_prediction() -> None:
+@pytest.mark.parametrize("solver", ["lbfgs", "ridge", "knn"])
+def test_a_held_out_row_has_no_say_in_its_own_prediction(solver: str) -> None:
     """Labels that are pure noise are not predicted better than by chance, whatever the number of features."""
     rng = np.random.default_rng(13)
-    features, labels = rng.normal(size=(60, 100)).astype(np.float32), rng.permutation(np.arange(60) % 2)
-    candidates = fit_head(features, labels, 2, HeadConfig(grid=GRID)).candidates
-    assert all(candidate.log_loss > 0.6 and candidate.accuracy < 0.7 for candidate in candidates)
+    problem = rng.normal(size=(60, 100)).astype(np.float32), rng.permutation(np.arange(60) % 2)
+    fitted = fit(problem, solver, calibrate=True, **({} if solver == "knn" else {"grid": GRID}))
+    assert all(one.accuracy < 0.7 for one in fitted.selection.candidates)
+    if solver != "ridge":
+        assert all(one.loss > 0.6 for one in fitted.selection.candidates)
+    assert find_log_loss(fitted.held_out / fitted.temperature, problem[1]) > 0.6
 
 
 @pytest.mark.parametrize(("smallest", "n_folds"), [(2, 2), (3, 3), (5, 5), (9, 5)])
 def test_folds_are_limited_by_the_smallest_class(smallest: int, n_folds: int) -> None:
     features, _ = make_problem(14, n=30 + smallest, n_classes=2)
     labels = np.array([0] * 30 + [1] * smallest)
-    fitted = fit_head(features, labels, 2, HeadConfig(grid=GRID))
-    assert fitted.selection.startswith(f"{n_folds}-fold cross-validation")
-
-
-@pytest.mark.parametrize("counts", [(1, 1), (1, 1, 1), (20, 1)])
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_class_of_one_image_falls_back_and_says_so(solver: str, counts: tuple[int, ...]) -> None:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    features = np.random.default_rng(15).normal(size=(len(labels), 4)).astype(np.float32)
-    fitted = fit_head(features, labels, len(counts), HeadConfig(solver=solver))
-    assert (fitted.C, fitted.candidates) == (0.01, ())
-    assert "a class has a single training image" in fitted.selection
-    assert np.isfinite(fitted.head.logits(features)).all()
-
-
-def test_one_class_is_refused() -> None:
-    with pytest.raises(DatasetError, match="at least 2 classes"):
-        fit_head(np.zeros((5, 3), np.float32), np.zeros(5, np.int64), 1, HeadConfig())
-
-
-def test_a_given_c_is_taken_without_a_choice() -> None:
-    fitted = fit_head(*make_problem(16), 3, HeadConfig(C=0.7))
-    assert (fitted.C, fitted.candidates, fitted.selection) == (0.7, (), "given")
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_the_same_rows_give_the_same_head_bit_for_bit(solver: str) -> None:
-    features, labels = make_problem(17)
-    config, heads = HeadConfig(solver=solver, grid=GRID), []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the global state is what must not matter
-        heads.append(fit_head(features, labels, 3, config))
-    assert heads[0].candidates == heads[1].candidates
-    assert heads[0].head.weight.tobytes() == heads[1].head.weight.tobytes()
-    assert heads[0].head.bias.tobytes() == heads[1].head.bias.tobytes()
+    for solver in (*EXACT, "knn"):
+        assert fit((features, labels), solver).selection.procedure.startswith(f"{n_folds}-fold cross-validation")
 
 
 def test_the_seed_shuffles_the_folds() -> None:
-    features, labels = make_problem(18)
-    first, second = (fit_head(features, labels, 3, HeadConfig(grid=GRID, seed=seed)).candidates for seed in (0, 1))
+    first, second = (fit(make_problem(18), grid=GRID, seed=seed).selection.candidates for seed in (0, 1))
+    assert [one.choice for one in first] == [one.choice for one in second]
     assert first != second
 
 
-def test_what_is_given_is_left_as_it_is() -> None:
-    features, labels = make_problem(19)
-    before = features.copy(), labels.copy()
-    fit_head(features, labels, 3, HeadConfig(grid=GRID))
-    assert np.array_equal(features, before[0])
-    assert np.array_equal(labels, before[1])
+@pytest.mark.parametrize("solver", WITH_C)
+@pytest.mark.usefixtures("few_steps")
+def test_a_given_c_is_taken_without_a_choice(solver: str) -> None:
+    selection = fit(make_problem(16), solver, C=0.7).selection
+    assert (selection.choice, selection.candidates, selection.procedure) == ({"C": 0.7}, (), "given")
+
+
+@pytest.mark.parametrize("solver", ALL)
+@pytest.mark.usefixtures("few_steps")
+def test_the_validation_split_chooses_by_its_own_loss(solver: str) -> None:
+    features, labels = make_cloud(41, n=90)
+    val = HeldOut(features=make_cloud(41, n=200, draw=1)[0], labels=make_cloud(41, n=200, draw=1)[1])
+    config = HeadConfig(solver=solver) if solver == "knn" else HeadConfig(solver=solver, grid=GRID, scaling="l2")
+    fitted = fit_head(features, labels, 3, config, validation=val)
+    words = "squared error" if solver == "ridge" else "log loss"
+    assert fitted.selection.procedure == f"on the validation split, least {words}: its accuracy is optimistic"
+    assert fitted.selection.criterion == words
+    assert fitted.selection.choice == min(fitted.selection.candidates, key=lambda one: one.loss).choice
+    for one in fitted.selection.candidates[:: 1 if solver != "knn" else 10]:
+        chosen = {name: int(value) if name == "k" else value for name, value in one.choice.items()}
+        exact = {"solver": "lbfgs"} if solver == "sgd" else {}  # what easily fits into memory, it leaves to this one
+        head = fit_head(features, labels, 3, replace(config, grid=None, **chosen, **exact))
+        logits = head.head.logits(val.features)
+        if solver == "ridge":
+            expected = float(np.square(logits * head.temperature - np.eye(3)[val.labels]).mean())
+        else:
+            expected = log_loss(val.labels, to_probabilities(logits))
+        assert one.loss == pytest.approx(expected, rel=0.005)
+        assert one.accuracy == pytest.approx((logits.argmax(axis=1) == val.labels).mean(), abs=0.016)
+
+
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_choosing_on_the_validation_split_in_single_precision_is_the_same(
+    class_weight: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = make_cloud(42, n=90)
+    val = HeldOut(features=make_cloud(42, n=50, draw=1)[0], labels=make_cloud(42, n=50, draw=1)[1])
+    config = HeadConfig(grid=GRID, class_weight=class_weight)
+    first = fit_head(features, labels, 3, config, validation=val).selection
+    monkeypatch.setattr(logistic, "SMALL", 0)
+    second = fit_head(features, labels, 3, config, validation=val).selection
+    np.testing.assert_allclose(
+        [one.loss for one in second.candidates], [one.loss for one in first.candidates], rtol=2e-3
+    )
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [*EXACT, "sgd", "knn"])
+@pytest.mark.usefixtures("few_steps")
+def test_calibration_divides_all_logits_and_changes_no_prediction(solver: str) -> None:
+    problem = make_cloud(51)
+    config = {"k": 7, "temperature": 0.1} if solver == "knn" else {"C": 1e-3}
+    plain, calibrated = (fit(problem, solver, **config, calibrate=one) for one in (False, True))
+    assert plain.temperature is None
+    assert plain.held_out is None
+    assert calibrated.temperature is not None
+    assert calibrated.temperature != pytest.approx(1, abs=0.02)
+    expected = plain.head.logits(problem[0])
+    np.testing.assert_allclose(
+        calibrated.head.logits(problem[0]) * calibrated.temperature, expected, rtol=1e-4, atol=1e-4
+    )
+    assert np.array_equal(calibrated.head.logits(problem[0]).argmax(axis=1), expected.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("solver", "class_weight"), [("lbfgs", None), ("lbfgs", "balanced"), ("sklearn", None), ("sgd", "balanced")]
+)
+def test_calibration_asks_images_that_a_fit_did_not_see(
+    solver: str, class_weight: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = make_cloud(52)
+    labels = np.minimum(labels, 1)
+    strength = 0.03
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 300)
+    fitted = fit((features, labels), solver, C=strength, calibrate=True, class_weight=class_weight)
+    weights, folds = weigh_images(labels, 2, class_weight), make_folds(labels, 5, 0)
+    x, expected = standardise(features, weights), np.empty((60, 2))
+    for fold in range(5):
+        model = LogisticRegression(C=strength, tol=1e-8)
+        model.fit(x[folds != fold], labels[folds != fold], sample_weight=weights[folds != fold])
+        expected[folds == fold] = model.predict_proba(x[folds == fold])
+    np.testing.assert_allclose(to_probabilities(fitted.held_out), expected, rtol=0, atol=0.02)
+    assert fitted.temperature == pytest.approx(fit_temperature(fitted.held_out, labels, weights))
+    assert fitted.temperature == pytest.approx(fit_temperature(np.log(expected), labels, weights), rel=0.1)
+
+
+@pytest.mark.parametrize("solver", [*EXACT, "ridge", "knn"])
+def test_a_temperature_makes_the_held_out_log_loss_no_worse(solver: str) -> None:
+    for seed in range(3):
+        problem = make_cloud(53 + seed)
+        fitted = fit(problem, solver, calibrate=True)
+        at = [find_log_loss(fitted.held_out / t, problem[1]) for t in (fitted.temperature, 1.0)]
+        assert at[0] <= at[1] + 1e-6
+        nearby = [find_log_loss(fitted.held_out / fitted.temperature / factor, problem[1]) for factor in (0.8, 1.25)]
+        assert at[0] <= min(nearby) + 1e-12
+
+
+def test_scores_of_ridge_are_always_calibrated() -> None:
+    problem = make_cloud(54, n=300)
+    fresh = make_cloud(54, n=2000, draw=1)
+    fitted = fit(problem, "ridge")
+    assert fitted.temperature is not None
+    losses = [find_log_loss(one.head.logits(fresh[0]), fresh[1]) for one in (fitted, fit(problem))]
+    assert losses[0] == pytest.approx(losses[1], rel=0.15)
+    assert find_log_loss(fitted.head.logits(fresh[0]) * fitted.temperature, fresh[1]) > losses[0] + 0.2
+
+
+# --- odd rows: right, or refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ALL)
+class TestOddRows:
+    """Every solver."""
+
+    @pytest.fixture(autouse=True)
+    def _few_steps(self, few_steps: None) -> None:
+        pass
+
+    def test_one_class_is_refused(self, solver: str) -> None:
+        with pytest.raises(DatasetError, match="needs at least 2 classes; the training split has 1"):
+            fit_head(make_cloud(0)[0], np.zeros(60, np.int64), 1, HeadConfig(solver=solver))
+
+    def test_a_class_without_an_image_is_refused(self, solver: str) -> None:
+        features, labels = make_cloud(0)
+        with pytest.raises(DatasetError, match="class 1 of 3 has no training image"):
+            fit_head(features, np.where(labels == 1, 2, labels), 3, HeadConfig(solver=solver))
+        with pytest.raises(DatasetError, match="class 3 of 4 has no training image"):
+            fit_head(features, labels, 4, HeadConfig(solver=solver))
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_what_is_no_number_is_refused_with_its_image(self, value: float, solver: str) -> None:
+        features, labels = make_cloud(0)
+        features[17, 3] = value
+        for scaling in ("standard", "l2"):
+            with pytest.raises(DatasetError, match="training image 17 are not finite numbers") as caught:
+                fit((features, labels), solver, scaling=scaling)
+            assert "\n" not in str(caught.value)
+        views = make_views(0, make_cloud(0)[0], 2)
+        views[23, 1, 0] = value
+        with pytest.raises(DatasetError, match="training image 23 are not finite numbers"):
+            fit_head(make_cloud(0)[0], labels, 3, HeadConfig(solver=solver), views=views)
+
+    @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+    def test_features_of_which_none_varies_are_refused(self, value: float, solver: str) -> None:
+        problem = np.full((20, 3), value, np.float32), np.array([0] * 15 + [1] * 5)
+        with pytest.raises(DatasetError, match="equal features: there is nothing to tell classes apart by"):
+            fit(problem, solver)
+
+    @pytest.mark.parametrize("n_classes", [2, 5])
+    def test_one_image_of_each_class_is_learned_without_a_choice(self, n_classes: int, solver: str) -> None:
+        problem = make_cloud(1, n=n_classes, n_classes=n_classes)
+        fitted = fit(problem, solver, calibrate=True)
+        assert "a class has a single training image" in fitted.selection.procedure
+        assert fitted.selection.candidates == ()
+        assert fitted.selection.choice == ({"C": 0.01} if solver != "knn" else {"k": n_classes, "temperature": 0.07})
+        assert fitted.temperature is None
+        assert find_accuracy(fitted, problem) == 1
+
+    def test_a_class_of_one_image_beside_larger_ones(self, solver: str) -> None:
+        rng = np.random.default_rng(2)
+        labels = np.array([0] * 20 + [1])
+        problem = (rng.normal(size=(21, 4)) + 6 * labels[:, None]).astype(np.float32), labels
+        fitted = fit(problem, solver)
+        if solver != "ridge":  # it leaves one out, and learns from the others
+            assert "a class has a single training image" in fitted.selection.procedure
+        assert np.isfinite(fitted.head.logits(problem[0])).all()
+        assert find_accuracy(fitted, problem) >= 20 / 21
+
+    @pytest.mark.parametrize("scaling", ["standard", "none"])
+    def test_more_features_than_images(self, scaling: str, solver: str) -> None:
+        problem = make_cloud(3, n=24, d=200)
+        fitted = fit(problem, solver, scaling=scaling)
+        assert find_accuracy(fitted, problem) == 1
+        fresh = make_cloud(3, n=240, d=200, draw=1)
+        assert find_accuracy(fitted, (fresh[0], fresh[1])) > 0.9
+
+    def test_rows_that_are_there_many_times(self, solver: str) -> None:
+        features, labels = make_cloud(4, n=12)
+        problem = np.repeat(features, 6, axis=0), np.repeat(labels, 6)
+        fitted = fit(problem, solver)
+        assert find_accuracy(fitted, problem) > 0.8
+        assert np.isfinite(fitted.head.logits(problem[0])).all()
+
+    def test_features_that_are_copies_of_each_other(self, solver: str) -> None:
+        features, labels = make_cloud(5)
+        problem = np.hstack([features, features, -features[:, :1]]), labels
+        assert (
+            find_accuracy(fit(problem, solver), problem)
+            > find_accuracy(fit((features, labels), solver), (features, labels)) - 0.05
+        )
+
+    def test_five_hundred_images_against_three(self, solver: str) -> None:
+        rng = np.random.default_rng(6)
+        labels = np.repeat([0, 1], [500, 3])
+        centres = np.array([[4, 0, 0, 0, 0], [0, 6, 0, 0, 0]])
+        problem = (rng.normal(size=(503, 5)) + centres[labels]).astype(np.float32), labels
+        for class_weight in (None, "balanced"):
+            fitted = fit(problem, solver, class_weight=class_weight)
+            assert find_accuracy(fitted, problem) > 0.97
+            if solver != "ridge":
+                assert fitted.selection.procedure.startswith("3-fold")
+
+    def test_a_thousand_classes(self, solver: str) -> None:
+        rng = np.random.default_rng(7)
+        labels = np.repeat(np.arange(1000), rng.integers(2, 4, 1000))
+        centres = rng.normal(size=(1000, 16))
+        features = (centres[labels] + 0.1 * rng.normal(size=(len(labels), 16))).astype(np.float32)
+        config = {"knn": {"temperature": 0.05}, "ridge": {}, "lbfgs": {"grid": (0.01,)}}.get(solver, {"C": 0.01})
+        fitted = fit((features, labels), solver, **config)
+        assert fitted.head.logits(features).shape == (len(labels), 1000)
+        assert find_accuracy(fitted, (features, labels)) > {"knn": 0.99, "sgd": 0.2}.get(solver, 0.4)
+
+    def test_features_far_from_zero(self, solver: str) -> None:
+        features, labels = make_cloud(8)
+        if solver != "knn":  # which looks at angles
+            near, far = (fit((x, labels), solver, C=0.1).head.logits(x) for x in (features, features + 1000))
+            np.testing.assert_allclose(far, near, rtol=0, atol=0.02)

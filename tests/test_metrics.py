@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from featcache.metrics import confusion_matrix, count_correct, mcnemar_test, to_probabilities, wilson_interval
+from featcache.metrics import (
+    PowerLaw,
+    adjust_holm,
+    calibration_error,
+    confusion_matrix,
+    count_correct,
+    fit_power_law,
+    mcnemar_test,
+    measure_probabilities,
+    to_probabilities,
+    wilson_interval,
+)
 
 Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 QUICK = settings(deadline=None, max_examples=100, database=None)
@@ -170,3 +181,143 @@ def test_each_image_has_its_own_probabilities() -> None:
     logits = np.array([[0.0, 0.0], [0.0, 99.0]], np.float32)
     assert to_probabilities(logits)[0].tolist() == [0.5, 0.5]
     assert to_probabilities(np.empty((0, 3), np.float32)).shape == (0, 3)
+
+
+# What probabilities are worth
+
+
+@st.composite
+def forecasts(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,), of which not every class need be there, and probabilities (N, C)."""
+    seed, n, n_classes = draw(st.integers(0, 10_000)), draw(st.integers(1, 60)), draw(st.integers(2, 25))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, draw(st.integers(1, n_classes)), n)
+    logits = rng.normal(0, draw(st.sampled_from([0.1, 1.0, 5.0])), (n, n_classes)) + 2 * np.eye(n_classes)[labels]
+    return labels, to_probabilities(logits)
+
+
+@given(case=forecasts())
+@QUICK
+def test_measures_of_probabilities_are_those_of_scikit_learn(case: tuple[np.ndarray, np.ndarray]) -> None:
+    labels, probabilities = case
+    n_classes = probabilities.shape[1]
+    measured, every = measure_probabilities(labels, probabilities), list(range(n_classes))
+    assert measured["log_loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities, labels=every))
+    assert measured["brier"] == pytest.approx(np.square(probabilities - np.eye(n_classes)[labels]).sum(axis=1).mean())
+    predicted = probabilities.argmax(axis=1)
+    recalls = [(predicted[labels == label] == label).mean() for label in set(labels.tolist())]
+    assert measured["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    if set(predicted.tolist()) <= set(labels.tolist()) and len(set(labels.tolist())) > 1:  # else it warns
+        expected = sklearn.metrics.balanced_accuracy_score(labels, predicted)
+        assert measured["balanced_accuracy"] == pytest.approx(expected)
+    if n_classes > 10:
+        top5 = sklearn.metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=every)
+        assert measured["top5_accuracy"] == pytest.approx(top5)
+    else:
+        assert "top5_accuracy" not in measured
+    assert measured["calibration_error"] == pytest.approx(bin_plainly(predicted == labels, probabilities.max(axis=1)))
+
+
+def bin_plainly(right: np.ndarray, confidence: np.ndarray, n_bins: int = 15) -> float:
+    """Expected calibration error by a loop over bins."""
+    error = 0.0
+    for i in range(n_bins):
+        low, high = i / n_bins, (i + 1) / n_bins
+        inside = (confidence >= low) & ((confidence < high) | (i == n_bins - 1))
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return error
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 200), n_bins=st.sampled_from([1, 7, 15]))
+@QUICK
+def test_the_calibration_error_is_the_mean_over_bins(seed: int, n: int, n_bins: int) -> None:
+    rng = np.random.default_rng(seed)
+    confidence = rng.random(n)
+    right = rng.random(n) < confidence**2
+    assert calibration_error(right, confidence, n_bins) == pytest.approx(bin_plainly(right, confidence, n_bins))
+
+
+def test_known_calibration_errors() -> None:
+    right = np.array([True] * 8 + [False] * 2)
+    assert calibration_error(right, np.full(10, 0.8)) == pytest.approx(0)
+    assert calibration_error(right, np.full(10, 1.0)) == pytest.approx(0.2)
+    assert calibration_error(np.array([True, False]), np.array([1.0, 0.5])) == pytest.approx(0.25)
+
+
+def test_a_certain_and_wrong_prediction_costs_a_lot_and_not_everything() -> None:
+    measured = measure_probabilities(np.array([0]), np.array([[0.0, 1.0]]))
+    assert measured == {
+        "balanced_accuracy": 0,
+        "log_loss": pytest.approx(708.4, abs=0.1),
+        "brier": 2,
+        "calibration_error": 1,
+    }
+    measured = measure_probabilities(np.array([1]), np.array([[0.0, 1.0]]))
+    assert measured == {"balanced_accuracy": 1, "log_loss": 0, "brier": 0, "calibration_error": 0}
+
+
+def test_five_classes_as_probable_as_the_right_one_do_not_count_against_it() -> None:
+    probabilities = np.full((1, 12), 1 / 12)
+    assert measure_probabilities(np.array([11]), probabilities)["top5_accuracy"] == 1
+    probabilities[0, :5] += 0.01
+    assert measure_probabilities(np.array([11]), probabilities)["top5_accuracy"] == 0
+    assert measure_probabilities(np.array([4]), probabilities)["top5_accuracy"] == 1
+
+
+# The law of learning curves
+
+
+@pytest.mark.parametrize(("floor", "factor", "power"), [(0.05, 0.8, 0.5), (0.0, 1.5, 0.9), (0.2, 3.0, 1.2)])
+def test_a_known_law_is_found(floor: float, factor: float, power: float) -> None:
+    n = np.geomspace(20, 800, 8).round()
+    law = fit_power_law(n, 1 - floor - factor * n**-power)
+    assert (law.floor, law.factor, law.power) == pytest.approx((floor, factor, power), rel=0.02, abs=0.002)
+    for more in (1600, 3200):
+        assert float(law.accuracy(more)) == pytest.approx(1 - floor - factor * more**-power, abs=1e-3)
+
+
+def test_a_law_through_noise_is_near_the_truth() -> None:
+    n = np.geomspace(20, 800, 8)
+    errors = []
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(0, 0.005, 8)
+        errors.append(float(fit_power_law(n, 0.9 - 1.2 * n**-0.7 + noise).accuracy(1600)) - (0.9 - 1.2 * 1600**-0.7))
+    assert np.abs(errors).max() < 0.02
+    assert abs(np.mean(errors)) < 0.005
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.5, 1.0])
+def test_a_law_of_what_does_not_change_stays_there(accuracy: float) -> None:
+    law = fit_power_law(np.geomspace(10, 100, 5), np.full(5, accuracy))
+    assert float(law.accuracy(400)) == pytest.approx(accuracy, abs=0.02)
+
+
+def test_a_law_never_promises_more_than_everything_nor_that_more_images_harm() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        law = fit_power_law(np.geomspace(10, 100, 6), rng.random(6))
+        found = law.accuracy(np.geomspace(100, 1e6, 20))
+        assert (np.diff(found) >= -1e-12).all()
+        assert found.max() <= 1
+
+
+def test_a_law_is_its_formula() -> None:
+    law = PowerLaw(floor=0.1, factor=2.0, power=0.5)
+    assert law.accuracy(np.array([16.0, 100.0])) == pytest.approx([0.4, 0.7])
+
+
+# Several tests at once
+
+
+@given(p_values=st.lists(st.floats(0, 1), min_size=1, max_size=8))
+@QUICK
+def test_holms_adjustment_rejects_what_stepping_down_rejects(p_values: list[float]) -> None:
+    adjusted = adjust_holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+            if min(1.0, p_values[i] * (len(p_values) - rank)) > level:
+                break
+            rejected.add(i)
+        assert rejected == {i for i, value in enumerate(adjusted) if value <= level}

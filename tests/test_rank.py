@@ -138,7 +138,7 @@ def test_a_backbone_named_twice_is_refused(photos: Path) -> None:
 
 
 def test_settings_of_the_head_and_the_extraction_are_passed_on(flat_photos: Path) -> None:
-    settings = {"C": 0.5, "solver": "torch", "seed": 3, "val_fraction": 0.4, "store": "float16"}
+    settings = {"C": 0.5, "solver": "ridge", "seed": 3, "val_fraction": 0.4, "store": "float16"}
     ranking = featcache.rank_backbones(flat_photos, ["tiny"], weights="none", **settings)
     assert "C = 0.5" in ranking.arms[0]["title"]
     wanted = featcache.list_dataset(flat_photos, val_fraction=0.4, seed=3)

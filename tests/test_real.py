@@ -78,10 +78,10 @@ def test_the_head_is_right_on_at_least_92_of_100(job: Workplace) -> None:
 
 
 def test_both_solvers_agree_on_the_real_features(job: Workplace) -> None:
-    value = json.loads((job.folder / "runs/head/run.json").read_text())["selection"].split()[2].rstrip(":")
-    job.featcache("train-head", "features.h5", "--solver", "torch", "-C", value, "-o", "runs/torch")
+    value = json.loads((job.folder / "runs/head/run.json").read_text())["details"]["choice"]["C"]
+    job.featcache("train-head", "features.h5", "--solver", "sklearn", "-C", value, "-o", "runs/sklearn")
     rows = []
-    for run in ("head", "torch"):
+    for run in ("head", "sklearn"):
         with (job.folder / "runs" / run / "predictions.csv").open() as file:
             rows.append([(row["path"], row["prediction"]) for row in csv.DictReader(file)])
     assert rows[0] == rows[1]

@@ -38,6 +38,7 @@ A stranger needs no featcache to read it: ``h5py.File("features.h5")["train/feat
 key        what decides the features, as a digest; what differs between two extractors
 contents   FeatureCache: what a cache holds, in memory or mapped
 reading    file -> FeatureCache, as careful with strangers' files as with damaged ones; verify
+streaming  features that stay on the disk, read when they are wanted
 writing    FeatureCache -> file, streamed, without ever holding all rows
 parts      immutable files of finished work, from which an extraction goes on
 rows       rows of many files as one table, found by the digests of their images
@@ -81,9 +82,11 @@ from featcache.cache.reading import (
     open_cache,
     open_old,
     read_cache,
+    stream_cache,
     verify_cache,
 )
 from featcache.cache.rows import GatheredRows, PartSource, RowTable, Source, open_sources
+from featcache.cache.streaming import StreamedFeatures
 from featcache.cache.tidying import Item, describe_item, list_items, list_near, remove_item
 from featcache.cache.writing import estimate_bytes, write_cache
 
@@ -101,6 +104,7 @@ __all__ = [
     "PartWriter",
     "RowTable",
     "Source",
+    "StreamedFeatures",
     "Verification",
     "can_serve",
     "check_complete",
@@ -133,6 +137,7 @@ __all__ = [
     "shorten",
     "spell_out",
     "stored_precision",
+    "stream_cache",
     "verify_cache",
     "write_cache",
 ]

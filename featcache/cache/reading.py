@@ -34,6 +34,7 @@ from featcache.cache.contents import (
     stored_precision,
 )
 from featcache.cache.key import hash_extractor
+from featcache.cache.streaming import StreamedFeatures
 from featcache.config import ExtractConfig, ImportConfig, is_imported
 from featcache.dataset import SPLITS, STATS, Split
 from featcache.errors import CacheError
@@ -80,6 +81,34 @@ def read_cache(path: Path | str) -> FeatureCache:
             values = {column: _read_checked(reader, name, column) for column in reader.list_features(name)}
             splits[name] = FeatureSplit(listing=split.listing, **values)
         return replace(cache, splits=splits)
+
+
+@contextlib.contextmanager
+def stream_cache(path: Path | str) -> Iterator[FeatureCache]:
+    """A feature cache whose features stay on the disk, as long as the block lasts; every byte is checked at once.
+
+    Features and views are `StreamedFeatures`: a slice of rows is read when it is wanted, and nothing of it is kept.
+
+    Raises
+    ------
+    CacheError
+        If there is no such file, it is not a feature cache, or it is damaged.
+    """
+    with CacheReader(path) as reader:
+        splits = {}
+        for name, split in reader.cache.splits.items():
+            for column in reader.list_features(name):
+                _check_features(reader, name, column)
+            values = {column: reader.stream_features(name, column) for column in reader.list_features(name)}
+            splits[name] = FeatureSplit(listing=split.listing, **values)
+        yield replace(reader.cache, splits=splits)
+
+
+def _check_features(reader: CacheReader, split: str, column: str) -> None:
+    """Raise a CacheError if features, or views, of a split are not those that were written."""
+    for start, rows in reader.iterate_features(split, column):
+        if damaged := reader.find_damage(split, rows, start, column):
+            raise CacheError(_say_damage(reader.path, f"{split}/{column}", damaged[0], reader.provenance))
 
 
 def _read_checked(reader: CacheReader, split: str, column: str) -> NDArray[np.float32]:
@@ -294,6 +323,12 @@ class CacheReader:
         piece = np.empty((min(n, step), *there.shape[1:]), there.dtype)  # new memory would cost more than reading
         for start in range(0, n, step):
             yield start, self.read_features(split, start, start + step, column, into=piece)
+
+    def stream_features(self, split: str, column: str = "features") -> StreamedFeatures:
+        """Features, or views, of a split that are read when they are wanted, while this is open."""
+        there = self._columns[split][column]
+        offset = there.id.get_offset() or 0
+        return StreamedFeatures(self._stream, offset, tuple(there.shape), there.dtype, self.path)
 
     def find_damage(
         self, split: str, features: NDArray[Any], start: int = 0, column: str = "features"

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 @option("--epochs", type=click.IntRange(min=1), default=None, help="Of fine-tuning.  [default: 25]")
 @option("--batch-size", type=click.IntRange(min=1), default=None, help="Of fine-tuning.  [default: 4]")
 @option("--lr", type=float, default=None, help="Of fine-tuning.  [default: 0.001]")
-@option("--solver", type=click.Choice(SOLVERS), default=None, help="Of the head.  [default: sklearn]")
+@option("--solver", type=click.Choice(SOLVERS), default=None, help="Of the head.  [default: auto]")
 @option(
     "-C",
     "C",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 def print_run(run: Run, as_json: bool) -> None:
     """The result of a run: numbers for a person, or the documented object."""
     record = run.record
-    val = record.accuracy["val"]
     own_seconds = record.seconds["total"] - record.seconds.get("extraction", 0.0)
     if as_json:
         print_json(
@@ -24,35 +24,61 @@ def print_run(run: Run, as_json: bool) -> None:
                 "run": str(run.folder),
                 "kind": record.kind,
                 "title": record.title,
-                "val_accuracy": val["accuracy"],
-                "correct": val["correct"],
-                "n_val": val["n"],
+                "val_accuracy": record.val_accuracy,
+                "correct": record.accuracy["val"]["correct"],
+                "n_val": record.accuracy["val"]["n"],
                 "train_accuracy": record.accuracy["train"],
                 "test_accuracy": record.accuracy["test"]["accuracy"] if "test" in record.accuracy else None,
                 "seconds": own_seconds,
                 "seconds_by_stage": record.seconds,
                 "selection": record.selection,
                 "notes": record.notes,
+                "measures": {name: values for name, values in record.accuracy.items() if name != "train"},
+                "details": record.details,
                 "reused": run.reused,
             }
         )
         return
-    from featcache.metrics import wilson_interval
     from featcache.report import format_seconds
 
-    low, high = wilson_interval(val["correct"], val["n"])
     click.echo(record.title)
-    click.echo(
-        f"  validation  {val['accuracy']:.4f}  ({val['correct']} of {val['n']}, 95 % interval {low:.3f} to {high:.3f})"
-    )
-    if "test" in record.accuracy:
-        test = record.accuracy["test"]
-        click.echo(f"  test        {test['accuracy']:.4f}  ({test['correct']} of {test['n']})")
+    for name, what in (("val", "validation"), ("test", "test")):
+        if name in record.accuracy:
+            click.echo(f"  {what:<11} {say_accuracy(record.accuracy[name])}")
+    for line in list_measures(record):
+        click.echo(f"  {line}")
     click.echo(f"  chosen      {record.selection}")
     for note in record.notes:
         click.echo(f"  note        {note}")
     click.echo(f"  time        {format_seconds(own_seconds)}{_describe_extraction(record)}")
     click.echo(f"  run         {run.folder}{' (was there already)' if run.reused else ''}")
+
+
+def say_accuracy(measured: Mapping[str, Any]) -> str:
+    """An accuracy with its interval, for people."""
+    from featcache.metrics import wilson_interval
+
+    correct, n = measured["correct"], measured["n"]
+    low, high = wilson_interval(correct, n)
+    return f"{measured['accuracy']:.4f}  ({correct} of {n}, 95 % interval {low:.3f} to {high:.3f})"
+
+
+def list_measures(record: RunRecord) -> list[str]:
+    """What else was measured on the validation split, for people."""
+    val, details, lines = record.accuracy["val"], record.details, []
+    if "top5_accuracy" in val:
+        lines.append(f"top-5       {val['top5_accuracy']:.4f}")
+    if record.settings.get("class_weight"):
+        lines.append(f"balanced    {val['balanced_accuracy']:.4f}  (each class counts the same)")
+    if "without_tta" in details:
+        lines.append(f"plain       {details['without_tta']['accuracy']:.4f}  (without the views)")
+    if record.settings.get("calibrate") and "uncalibrated" in details:
+        before = details["uncalibrated"]["val"]
+        lines.append(
+            f"calibration ECE {before['calibration_error']:.4f} -> {val['calibration_error']:.4f}, Brier "
+            f"{before['brier']:.4f} -> {val['brier']:.4f}"
+        )
+    return lines
 
 
 def _describe_extraction(record: RunRecord) -> str:

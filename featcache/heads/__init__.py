@@ -1,122 +1,94 @@
-"""Linear heads on features: choose C on the training rows alone, fit, fold into one linear layer.
+"""Heads on features: choose on the training rows alone, fit, fold everything into one head on raw features.
 
-One module per solver (`sklearn`, `torch`), all minimising scikit-learn's objective on standardised features x:
+One module per solver, each with one function `fit`; all take the same and give the same.
 
-    C * sum_i cross_entropy(W x_i + b, y_i) + |W|^2 / 2
+=========  ==========================================================================================================
+lbfgs      multinomial logistic regression; preconditioned L-BFGS in torch, on a CPU or on CUDA
+sklearn    the same by scikit-learn, the reference
+ridge      least squares onto one-hot targets; closed form, exact leave-one-out error, images and classes can be added
+sgd        multinomial logistic regression on rows that are streamed from the disk, larger than memory
+knn        nearest neighbours by cosine similarity
+=========  ==========================================================================================================
 
-with a single weight vector and the logistic loss where there are two classes. Knows arrays, no files and no images.
+Knows arrays, no files and no images.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import HeadConfig
-from featcache.errors import DatasetError
+from featcache.heads.calibration import fit_temperature
+from featcache.heads.fitted import FittedHead, Head, LinearHead
+from featcache.heads.knn import NeighbourHead
+from featcache.heads.rows import Features, TrainingRows, check_rows, weigh_images
+from featcache.heads.selection import Candidate, HeldOut, Selection
+from featcache.heads.threads import limit_threads
 from featcache.progress import SILENT, Progress
 
-if TYPE_CHECKING:
-    from featcache.heads.coordinates import Coordinates, Features
-    from featcache.heads.selection import Candidate
+__all__ = [
+    "Candidate",
+    "Features",
+    "FittedHead",
+    "Head",
+    "HeldOut",
+    "LinearHead",
+    "NeighbourHead",
+    "Selection",
+    "find_logits",
+    "fit_head",
+    "remake_head",
+]
 
-SMALL = 4_000_000  # numbers in all, below which threads cost more than they bring; on a busy machine ten times more
-FINAL_TOLERANCE = 1e-8  # largest gradient entry of objective / (C N); scikit-learn's 1e-4 is off by per cents
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearHead:
-    """A linear layer on raw (not standardised) features: weight (C, D) float32, bias (C,) float32."""
-
-    weight: NDArray[np.float32]
-    bias: NDArray[np.float32]
-
-    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Features (N, D) -> logits (N, C)."""
-        return features @ self.weight.T + self.bias
+BLOCK_IMAGES = 8192  # that are predicted at a time
+FEW = 4_000_000  # numbers in all, below which threads cost more than they bring; on a busy machine ten times more
 
 
-@dataclass(frozen=True, kw_only=True)
-class Solution:
-    """What a solver found.
+class Fit(Protocol):
+    """What every solver's module has."""
 
-    Attributes
-    ----------
-    coefficients
-        (C, D) float64; (1, D) where there are two classes, for the second one.
-    intercept
-        (C,) or (1,) float64.
-    iterations
-        Of the solver.
-    converged
-        Whether it reached its tolerance.
-    """
-
-    coefficients: NDArray[np.float64]
-    intercept: NDArray[np.float64]
-    iterations: int
-    converged: bool
-
-
-class Solver(Protocol):
-    """What a solver module's `solve` must look like."""
-
-    def __call__(self, features: NDArray[np.float64], labels: NDArray[np.int64], *, C: float) -> Solution:  # noqa: N803
-        """Minimise the objective on features (N, D) as they are; labels 0..n_classes-1 are all present."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FittedHead:
-    """A head and how it came about.
-
-    Attributes
-    ----------
-    head
-        On raw features.
-    C
-        That it was fitted with.
-    candidates
-        The cross-validation that chose it; empty where C was given or could not be chosen.
-    selection
-        How C was chosen, in words.
-    converged, iterations
-        Of the final fit.
-    selection_seconds, fit_seconds
-        Wall time.
-    """
-
-    head: LinearHead
-    C: float
-    candidates: tuple[Candidate, ...]
-    selection: str
-    converged: bool
-    iterations: int
-    selection_seconds: float
-    fit_seconds: float
+    def __call__(
+        self, rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, progress: Progress
+    ) -> FittedHead:
+        """Choose what is not given, and fit."""
 
 
 def fit_head(
-    features: Features, labels: NDArray[np.int64], n_classes: int, config: HeadConfig, progress: Progress = SILENT
+    features: Features,
+    labels: NDArray[np.int64],
+    n_classes: int,
+    config: HeadConfig,
+    progress: Progress = SILENT,
+    *,
+    views: Features | None = None,
+    validation: HeldOut | None = None,
 ) -> FittedHead:
-    """Fit a linear head.
+    """Fit a head.
 
     Parameters
     ----------
     features
-        (N, D) float32, of the training rows alone.
+        (N, D) float32 or float16, of the training images alone; an array, or for "sgd" and "ridge" anything that gives
+        slices of rows.
     labels
         (N,) int64 in 0..n_classes-1, each present.
     n_classes
         C, at least 2.
     config
-        Solver, C or how to choose it.
+        Solver, and what is given or chosen.
     progress
         Told of the cross-validation.
+    views
+        (N, K, D), features of K augmented views of each image, or None.
+    validation
+        What chooses in place of cross-validation on the training rows.
 
     Returns
     -------
@@ -125,47 +97,50 @@ def fit_head(
     Raises
     ------
     DatasetError
-        If there is only one class, or no feature varies.
+        If there is only one class, a class has no image, no feature varies, or one is not a finite number.
     """
-    from threadpoolctl import threadpool_limits
-
-    from featcache.heads.coordinates import fit_coordinates
-    from featcache.heads.selection import choose_c
-
-    if n_classes < 2:
-        raise DatasetError("a classifier needs at least 2 classes; the training split has 1")
-    solve = load_solver(config.solver)
-    started = time.perf_counter()
-    with threadpool_limits(1 if features.size < SMALL else None):
-        coordinates = fit_coordinates(features)
-        rotated = coordinates.transform(features)
-        ready = time.perf_counter()
-        chosen, candidates, selection = (
-            (config.C, (), "given") if config.C is not None else choose_c(rotated, labels, n_classes, config, progress)
-        )
-        selected = time.perf_counter()
-        solution = solve(rotated, labels, C=chosen)
-    head = make_head(solution, coordinates)
-    return FittedHead(
-        head=head,
-        C=chosen,
-        candidates=candidates,
-        selection=selection,
-        converged=solution.converged,
-        iterations=solution.iterations,
-        selection_seconds=selected - ready,
-        fit_seconds=time.perf_counter() - selected + ready - started,
+    rows = TrainingRows(
+        features=features,
+        labels=np.asarray(labels, np.int64),
+        n_classes=n_classes,
+        views=views,
+        weights=weigh_images(labels, n_classes, config.class_weight),
+        unit_length=config.scaling == "l2",
     )
+    check_rows(rows)
+    started = time.perf_counter()
+    with limit_threads(1 if rows.size < FEW else None):
+        fitted = load_solver(config.solver)(rows, config, validation, progress)
+        if fitted.held_out is not None and (config.calibrate or config.solver == "ridge"):
+            fitted = calibrate(fitted, rows)
+    return replace(fitted, seconds=time.perf_counter() - started)
 
 
-def make_head(solution: Solution, coordinates: Coordinates) -> LinearHead:
-    """The linear layer on raw features that a solution on coordinates stands for, one output a class."""
-    weight, bias = coordinates.to_raw(solution.coefficients, solution.intercept)
-    if len(weight) == 1:  # two classes, one vector: the softmax of (-f/2, f/2) is the logistic function of f
-        weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return LinearHead(weight=np.ascontiguousarray(weight, np.float32), bias=np.ascontiguousarray(bias, np.float32))
+def remake_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> Head:
+    """The head that `take_apart` took apart, for C classes on D features, shape (C, D).
+
+    Raises
+    ------
+    ValueError, KeyError
+        If it is of another shape, or something is missing.
+    """
+    kinds: dict[str, type[LinearHead | NeighbourHead]] = {"linear": LinearHead, "neighbours": NeighbourHead}
+    return kinds[values["kind"]].remake(values, arrays, shape)
 
 
-def load_solver(name: str) -> Solver:
+def find_logits(head: Head, features: Features) -> NDArray[np.float32]:
+    """Logits (N, C) of features (N, D), some images at a time."""
+    blocks = (features[start : start + BLOCK_IMAGES] for start in range(0, features.shape[0], BLOCK_IMAGES))
+    return np.concatenate([head.logits(np.asarray(block, np.float32)) for block in blocks])
+
+
+def calibrate(fitted: FittedHead, rows: TrainingRows) -> FittedHead:
+    """The head with its logits divided by the temperature that suits images that a fit did not see."""
+    assert fitted.held_out is not None
+    temperature = fit_temperature(fitted.held_out, rows.labels, rows.weights)
+    return replace(fitted, head=fitted.head.divide_logits(temperature), temperature=temperature)
+
+
+def load_solver(name: str) -> Fit:
     """The solver of this name; its library is imported only now."""
-    return cast(Solver, importlib.import_module(f"featcache.heads.{name}").solve)
+    return cast(Fit, importlib.import_module(f"featcache.heads.{'lbfgs' if name == 'auto' else name}").fit)

@@ -1,148 +1,125 @@
-"""Choosing C: the whole path of values in every fold of a cross-validation, on the training rows alone."""
+"""Choosing what a head is fitted with: folds of the training images, and scores of those that a fit did not see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit, log_softmax
-from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
+from scipy.special import log_softmax
 
-from featcache.config import HeadConfig
-from featcache.metrics import to_probabilities
-from featcache.progress import SILENT, Progress
+from featcache.heads.rows import Features
 
 FALLBACK_C = 0.01  # where nothing can be held out to choose it: strong, as few rows want it
-RELATIVE_DECREASE = 1e-6  # of the objective in one step, at which a fit ends: enough to tell values of C apart
+LOG_LOSS = "log loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Images that are no training rows and choose: the validation split, where that was asked for.
+
+    `features` (N, D), `labels` (N,).
+    """
+
+    features: Features
+    labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One value of C: log loss (nats) and accuracy over all rows, each predicted by the fold that did not see it."""
+    """One choice of values and its scores on images that the fit did not see: the loss that chooses, and accuracy."""
 
-    C: float
-    log_loss: float
+    choice: Mapping[str, float]
+    loss: float
     accuracy: float
 
 
-def choose_c(
-    coordinates: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    n_classes: int,
-    config: HeadConfig,
-    progress: Progress = SILENT,
-) -> tuple[float, tuple[Candidate, ...], str]:
-    """Choose C by stratified cross-validation: the least held-out log loss.
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What was chosen.
 
-    The log loss, not the accuracy: on a few hundred images many values of C tie in accuracy, and luck would break the
-    tie. The choice does not depend on the solver of the final fit, as all have the same optimum.
-
-    Parameters
+    Attributes
     ----------
-    coordinates
-        (N, R), see `featcache.heads.coordinates`.
-    labels
-        (N,) in 0..n_classes-1, each present.
-    n_classes
-        2 or more.
-    config
-        The values of C, the folds, the seed that shuffles them.
-    progress
-        Told of the folds.
-
-    Returns
-    -------
-    C
-        The chosen value.
+    choice
+        The values by name, such as {"C": 0.1}.
+    procedure
+        How, in words.
+    criterion
+        The name of the candidates' loss.
     candidates
-        Every value with its scores.
-    selection
-        The procedure in words.
+        All that was tried, in order; empty where nothing could be, or had to be.
     """
-    n_folds = min(config.folds, int(np.bincount(labels).min()))
+
+    choice: Mapping[str, float]
+    procedure: str
+    criterion: str = LOG_LOSS
+    candidates: tuple[Candidate, ...] = ()
+
+    def is_at_end(self, name: str) -> bool:
+        """Whether the chosen value is the smallest or the largest of several that were tried."""
+        tried = {one.choice[name] for one in self.candidates}
+        return len(tried) > 1 and self.choice[name] in (min(tried), max(tried))
+
+
+def make_folds(labels: NDArray[np.int64], at_most: int, seed: int) -> NDArray[np.int64] | None:
+    """The fold (N,) of each image, stratified by class; None if a class has a single image, which none can spare."""
+    from sklearn.model_selection import StratifiedKFold  # 0.1 GB, of which those who stream have no use
+
+    n_folds = min(at_most, int(np.bincount(labels).min()))
     if n_folds < 2:
-        return FALLBACK_C, (), "not chosen, as a class has a single training image and none can be held out"
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=config.seed).split(coordinates, labels)
-    grid = sorted(config.grid)
-    probabilities = np.empty((len(grid), len(labels), n_classes))
-    for fit_rows, held_rows in progress.track(folds, total=n_folds, what="choosing C", unit="fold"):
-        path = fit_path(coordinates[fit_rows], labels[fit_rows], n_classes, grid)
-        for i, (weight, bias) in enumerate(path):
-            probabilities[i, held_rows] = to_probabilities(coordinates[held_rows] @ weight.T + bias)
-    candidates = tuple(
-        Candidate(
-            C=value,
-            log_loss=float(log_loss(labels, one, labels=np.arange(n_classes))),
-            accuracy=float((one.argmax(axis=1) == labels).mean()),
-        )
-        for value, one in zip(grid, probabilities, strict=True)
-    )
-    best = min(candidates, key=lambda candidate: (candidate.log_loss, candidate.C))
-    return best.C, candidates, f"{n_folds}-fold cross-validation on the training split, least log loss"
+        return None
+    folds = np.empty(len(labels), np.int64)
+    splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    for number, (_, held) in enumerate(splitter.split(np.empty((len(labels), 0)), labels)):
+        folds[held] = number
+    return folds
 
 
-def fit_path(
-    coordinates: NDArray[np.float64], labels: NDArray[np.int64], n_classes: int, grid: Sequence[float]
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Minimise the objective for each C in turn, each fit starting at the one before.
+class Scores:
+    """Sums up losses and right answers of several candidates over images as they come.
 
-    L-BFGS on weights scaled by the curvature that the objective has along each coordinate, so that it takes some ten
-    steps whatever C is; in single precision, as these fits only rank values of C. It ends on the relative decrease of
-    the objective: the gradient in scaled coordinates would call strongly penalised problems finished far too early.
-
-    Source: D. Boehning, Multinomial logistic regression algorithm, Annals of the Institute of Statistical Mathematics
-    44 (1992), for the bound (1 - 1/K) / K on the curvature.
-
-    Yields
-    ------
-    weight
-        (n_classes, R).
-    bias
-        (n_classes,).
+    The log loss, not the accuracy, is what should choose: on a few hundred images many candidates tie in accuracy, and
+    luck would break the tie.
     """
-    coordinates = coordinates.astype(np.float32)
-    n, width = coordinates.shape
-    n_outputs = 1 if n_classes == 2 else n_classes
-    curvature = (1 - 1 / n_classes) / n_classes
-    variance = np.square(coordinates).mean(axis=0, dtype=np.float64)
-    targets = np.eye(n_classes, dtype=np.float32)[labels] if n_outputs > 1 else labels[:, None].astype(np.float32)
-    parameters = np.zeros((n_outputs, width + 1))  # weights, and the bias last
-    for value in grid:
-        penalty = 1 / (value * n)
-        scale = np.append(1 / np.sqrt(curvature * variance + penalty), 1 / np.sqrt(curvature))
 
-        def objective(scaled: NDArray[np.float64], scale=scale, penalty=penalty):  # type: ignore[no-untyped-def]
-            current = scaled.reshape(n_outputs, width + 1) * scale
-            weight, bias = current[:, :width], current[:, width]
-            logits = coordinates @ weight.T.astype(np.float32) + bias.astype(np.float32)
-            loss, residual = _cross_entropy(logits, targets)
-            gradient = np.column_stack(
-                [residual.T @ coordinates / np.float32(n) + penalty * weight, residual.mean(axis=0)]
+    def __init__(self, n_candidates: int) -> None:
+        self._losses, self._right = np.zeros(n_candidates), np.zeros(n_candidates)
+        self._weight = np.zeros(n_candidates)
+
+    def add(
+        self, candidate: int, logits: NDArray[np.floating], labels: NDArray[np.int64], weights: NDArray[np.float64]
+    ) -> None:
+        """Take a candidate's logits (n, C) of images with labels (n,) that count `weights` (n,)."""
+        logs = log_softmax(logits.astype(np.float64), axis=1)
+        self._losses[candidate] -= float(weights @ logs[np.arange(len(labels)), labels])
+        self._right[candidate] += float(weights @ (logs.argmax(axis=1) == labels))
+        self._weight[candidate] += float(weights.sum())
+
+    def candidates(self, choices: Sequence[Mapping[str, float]]) -> tuple[Candidate, ...]:
+        """The candidates with their mean losses (nats) and accuracies."""
+        return tuple(
+            Candidate(
+                choice=dict(choice),
+                loss=float(self._losses[i] / self._weight[i]),
+                accuracy=float(self._right[i] / self._weight[i]),
             )
-            return loss + penalty * np.square(weight).sum() / 2, (gradient * scale).ravel()
-
-        found = minimize(
-            objective,
-            (parameters / scale).ravel(),
-            jac=True,
-            method="L-BFGS-B",
-            options={"ftol": RELATIVE_DECREASE, "gtol": 0.0, "maxiter": 1000, "maxcor": 20},
+            for i, choice in enumerate(choices)
         )
-        parameters = found.x.reshape(n_outputs, width + 1) * scale
-        both = np.vstack([-parameters, parameters]) / 2 if n_outputs == 1 else parameters
-        yield both[:, :width], both[:, width]
 
 
-def _cross_entropy(logits: NDArray[np.float32], targets: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
-    """Mean loss, summed in double precision, and probabilities minus targets, (N, K)."""
-    n = len(logits)
-    if logits.shape[1] == 1:
-        loss = np.logaddexp(np.float32(0), logits) - targets * logits
-        return float(loss.sum(dtype=np.float64)) / n, expit(logits) - targets
-    log_probabilities = log_softmax(logits, axis=1)
-    loss = -(targets * log_probabilities)
-    return float(loss.sum(dtype=np.float64)) / n, np.exp(log_probabilities) - targets
+def pick_best(candidates: Sequence[Candidate]) -> Candidate:
+    """The one with the least loss; of equal ones the first."""
+    return min(candidates, key=lambda one: one.loss)
+
+
+def say_procedure(folds: NDArray[np.int64] | None, criterion: str = LOG_LOSS) -> str:
+    """How a choice was made, in words."""
+    if folds is None:
+        return f"on the validation split, least {criterion}: its accuracy is optimistic"
+    return f"{int(folds.max()) + 1}-fold cross-validation on the training split, least {criterion}"
+
+
+def say_not_chosen() -> str:
+    """Why nothing was chosen, in words."""
+    return "not chosen, as a class has a single training image and none can be held out"

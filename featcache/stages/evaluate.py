@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from featcache.dataset import Split
 from featcache.errors import BadImage
-from featcache.metrics import confusion_matrix, count_correct
+from featcache.metrics import confusion_matrix, count_correct, measure_probabilities
 from featcache.plots import draw_confusions, save_figure
 from featcache.runs import Predictions, RunRecord, write_predictions
 
@@ -50,11 +50,16 @@ def make_predictions(split: Split, probabilities: NDArray[np.float64]) -> Predic
 
 
 def describe_accuracy(predictions: Mapping[str, Predictions], train_accuracy: float) -> dict[str, Any]:
-    """The record's `accuracy`: "train" as a share, the held-out splits with n and correct."""
+    """The record's `accuracy`: "train" as a share; the held-out splits with n, correct, and what else is measured."""
     described: dict[str, Any] = {"train": train_accuracy}
     for name, one in predictions.items():
         correct, n = count_correct(one.labels, one.predicted), len(one.labels)
-        described[name] = {"n": n, "correct": correct, "accuracy": correct / n}
+        described[name] = {
+            "n": n,
+            "correct": correct,
+            "accuracy": correct / n,
+            **measure_probabilities(one.labels, one.probabilities),
+        }
     return described
 
 

@@ -1,22 +1,28 @@
-"""Stage 2: a linear head on cached features, in milliseconds, as often as wanted."""
+"""Stage 2: a head on cached features, in milliseconds, as often as wanted."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache import files
 from featcache.bundle import save_head
-from featcache.cache import FeatureCache, check_complete, read_cache
+from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache, stream_cache
 from featcache.config import RUNS_DIR, HeadConfig, is_imported
 from featcache.dataset import check_classes_filled, describe_data
-from featcache.errors import OutputError
-from featcache.heads import FittedHead, fit_head
-from featcache.metrics import to_probabilities
-from featcache.plots import draw_selection, save_figure
+from featcache.errors import OutputError, SettingsError
+from featcache.files import find_free_memory
+from featcache.heads import BLOCK_IMAGES, Features, FittedHead, Head, HeldOut, find_logits, fit_head
+from featcache.metrics import measure_probabilities, to_probabilities
+from featcache.plots import draw_learning_curve, draw_selection, save_figure
 from featcache.progress import SILENT, Progress
 from featcache.runs import (
     PeakMemory,
@@ -28,7 +34,12 @@ from featcache.runs import (
     write_history,
     write_record,
 )
+from featcache.runtime import select_device
+from featcache.stages.draw_images import Draws, fit_draws
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
+from featcache.stages.learning_curve import Curve, learn_curve
+
+NAMES = {"lbfgs": "linear", "sklearn": "linear", "sgd": "linear", "ridge": "ridge", "knn": "nearest-neighbour"}
 
 
 def train_head(
@@ -38,7 +49,7 @@ def train_head(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Run:
-    """Fit a linear head on the training rows of a cache and evaluate it once on the validation rows.
+    """Fit a head on the training rows of a cache and evaluate it once on the validation rows.
 
     A head that lies at the output already is replaced: it costs milliseconds to make again.
 
@@ -62,7 +73,9 @@ def train_head(
     CacheError
         If the file is not a feature cache, or damaged.
     DatasetError
-        If there is only one class, or a class without training rows.
+        If there is only one class, a class without training rows, or one with fewer than are to be drawn.
+    SettingsError
+        If settings do not go together, or ask for views that the features do not hold.
     OutputError
         If something other than a head's run lies at the output, or it cannot be written.
 
@@ -73,43 +86,111 @@ def train_head(
     """
     started, memory = time.perf_counter(), PeakMemory()
     config, output = HeadConfig(**settings), Path(output)
+    check_settings(config)
+    config = replace(config, device=str(select_device(config.device)))
     check_replaceable(output)
     files.check_folder_writable(output.parent, output)
-    cache = read_cache(features)
-    check_complete(cache, features)
-    train = cache.splits["train"]
-    for name, split in cache.splits.items():
-        check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
-    read = time.perf_counter()
-    fitted = fit_head(train.features, train.listing.labels, len(cache.classes), config, progress)
-    predictions, train_accuracy = evaluate_head(fitted, cache)
-    evaluated = time.perf_counter()
-    known = not is_imported(cache.extractor["backbone"])
-    seconds = {
-        **({"extraction": cache.provenance["seconds"]} if known else {}),
-        "selection": fitted.selection_seconds,
-        "training": fitted.fit_seconds,
-        "evaluation": (read - started) + (evaluated - read - fitted.selection_seconds - fitted.fit_seconds),
-    }
-    n_parameters = fitted.head.weight.size + fitted.head.bias.size
-    record = RunRecord(
-        kind="head",
-        title=f"linear head ({config.solver}, C = {fitted.C:g}) on {describe_features(cache)}",
-        settings=config.result_settings(),
-        data=describe_data(cache.listing),
-        extractor=cache.extractor,
-        seconds={**seconds, "total": sum(seconds.values())},
-        peak_memory_bytes=_largest(memory.read(), cache.provenance["peak_memory_bytes"]),
-        parameters={"trainable": n_parameters, "total": n_parameters},
-        accuracy=describe_accuracy(predictions, train_accuracy),
-        selection=f"C = {fitted.C:g}: {fitted.selection}",
-        device="cpu",
-        environment=describe_environment(),
-        notes=_list_remarks(fitted, cache),
+    fits = fits_in_memory(features, config)
+    if config.solver == "auto":
+        few = config.shots is not None or config.fraction is not None
+        config = replace(config, solver="lbfgs" if fits or few else "sgd")
+    with open_features(features, stream=config.solver == "sgd" or not fits) as cache:
+        check_complete(cache, features)
+        for name, split in cache.splits.items():
+            check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
+        config = settle_views(config, cache, features)
+        learned = learn(cache, config, progress)
+        evaluated = evaluate_head(learned.fitted, cache, config)
+        curve = learn_curve(cache, config, progress) if config.curve else None
+    record = describe_run(learned, cache, config, evaluated, curve)
+    seconds = count_seconds(learned.fitted, cache, time.perf_counter() - started)
+    record = replace(
+        record, seconds=seconds, peak_memory_bytes=_largest(memory.read(), cache.provenance["peak_memory_bytes"])
     )
     with files.fill_folder(output) as folder:
-        write_head_run(folder, record, fitted, predictions)
+        write_head_run(folder, record, learned.fitted, evaluated.predictions, curve)
     return Run(folder=output, record=record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A head, and the random draws of images of which it is the first, if there were some."""
+
+    fitted: FittedHead
+    draws: Draws | None
+
+
+def learn(cache: FeatureCache, config: HeadConfig, progress: Progress) -> Learned:
+    """Fit what is asked for: one head on all training images, or one on each of some draws of them."""
+    if config.shots is not None or config.fraction is not None:
+        fitted, draws = fit_draws(cache, config, progress)
+        return Learned(fitted=fitted, draws=draws)
+    train, val = cache.splits["train"], cache.splits["val"]
+    validation = HeldOut(features=val.features, labels=val.listing.labels) if config.select_on == "val" else None
+    views = train.views if config.views else None
+    return Learned(
+        fitted=fit_head(
+            train.features,
+            train.listing.labels,
+            len(cache.classes),
+            config,
+            progress,
+            views=views,
+            validation=validation,
+        ),
+        draws=None,
+    )
+
+
+def check_settings(config: HeadConfig) -> None:
+    """Raise a SettingsError if a setting is stated that another one makes meaningless."""
+    if config.shots is not None and config.fraction is not None:
+        raise SettingsError("--shots and --fraction are two ways to draw training images; state one of them")
+    if config.solver == "knn" and config.C is not None:
+        raise SettingsError("-C is of a penalty, and nearest neighbours have none; they have -k and --temperature")
+    if config.solver != "knn" and (config.k is not None or config.temperature is not None):
+        option = "-k" if config.k is not None else "--temperature"
+        raise SettingsError(f"{option} is of nearest neighbours: expected --solver knn beside it")
+    if config.C is not None and config.select_on == "val":
+        raise SettingsError("-C is given, so that --select-on has nothing to choose; state one of them")
+
+
+def fits_in_memory(features: Path | str, config: HeadConfig) -> bool:
+    """Whether the training rows, as they are and standardised, take at most half of the free memory, if it is known."""
+    with CacheReader(features) as reader:
+        shapes = [reader.shape_of("train", column) for column in reader.list_features("train")]
+    free, needed = find_free_memory(), 2 * 4 * sum(map(math.prod, shapes if config.views is not False else shapes[:1]))
+    return free is None or needed <= free / 2
+
+
+@contextmanager
+def open_features(path: Path | str, *, stream: bool) -> Iterator[FeatureCache]:
+    """The cache, every byte checked: in memory, or on the disk."""
+    if stream:
+        with stream_cache(path) as cache:
+            yield cache
+    else:
+        yield read_cache(path)
+
+
+def settle_views(config: HeadConfig, cache: FeatureCache, path: Path | str) -> HeadConfig:
+    """The settings with a decision about views.
+
+    Raises
+    ------
+    SettingsError
+        If there are none where some are wanted.
+    """
+    held = {name: split.views is not None for name, split in cache.splits.items()}
+    if config.views and not held["train"]:
+        raise SettingsError(
+            f"{path} holds no views of the training images; `featcache extract ... --views 4` adds some"
+        )
+    if config.tta and not held["val"]:
+        raise SettingsError(
+            f"{path} holds no views of the validation images; `featcache extract ... --test-views 4` adds some"
+        )
+    return replace(config, views=held["train"] if config.views is None else config.views)
 
 
 def check_replaceable(output: Path) -> None:
@@ -122,24 +203,163 @@ def check_replaceable(output: Path) -> None:
         raise OutputError(f"{output} holds a {kind} run, expected a head's; choose another place with -o")
 
 
-def evaluate_head(fitted: FittedHead, cache: FeatureCache) -> tuple[dict[str, Predictions], float]:
-    """Predictions on every held-out split, and the share of training rows that are right."""
-    predictions = {
-        name: make_predictions(split.listing, to_probabilities(fitted.head.logits(split.features)))
-        for name, split in cache.splits.items()
-        if name != "train"
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What a head gives on the splits of a cache.
+
+    Attributes
+    ----------
+    predictions
+        By held-out split.
+    plain
+        The same without views.
+    uncalibrated
+        What `predictions` were worth if no logit had been divided; None if none was.
+    train_accuracy
+        The share of training rows that are right.
+    """
+
+    predictions: dict[str, Predictions]
+    plain: dict[str, Predictions]
+    uncalibrated: dict[str, Any] | None
+    train_accuracy: float
+
+
+def evaluate_head(fitted: FittedHead, cache: FeatureCache, config: HeadConfig) -> Evaluated:
+    """Predict every held-out split, and the training rows."""
+    held_out = {name: split for name, split in cache.splits.items() if name != "train"}
+    logits = {name: find_logits(fitted.head, split.features) for name, split in held_out.items()}
+
+    def predict(temperature: float, *, views: bool) -> dict[str, Predictions]:
+        """With logits that are multiplied by a temperature."""
+        head, predictions = fitted.head.divide_logits(1 / temperature), {}
+        for name, split in held_out.items():
+            probabilities = to_probabilities(logits[name] * temperature)
+            probabilities = average_views(head, probabilities, split.views) if views else probabilities
+            predictions[name] = make_predictions(split.listing, probabilities)
+        return predictions
+
+    uncalibrated = None
+    if fitted.temperature is not None:
+        raw = predict(fitted.temperature, views=config.tta)
+        uncalibrated = {name: measure_probabilities(one.labels, one.probabilities) for name, one in raw.items()}
+    train, plain = cache.splits["train"], predict(1.0, views=False)
+    right = find_logits(fitted.head, train.features).argmax(axis=1) == train.listing.labels
+    return Evaluated(
+        predictions=predict(1.0, views=True) if config.tta else plain,
+        plain=plain,
+        uncalibrated=uncalibrated,
+        train_accuracy=float(np.mean(right)),
+    )
+
+
+def average_views(head: Head, plain: NDArray[np.float64], views: Features | None) -> NDArray[np.float64]:
+    """Probabilities (N, C), the mean over those of the plain images and their views' (N, K, D)."""
+    if views is None:
+        return plain
+    n, n_views, width = views.shape
+    total, step = plain.copy(), max(1, BLOCK_IMAGES // n_views)
+    for start in range(0, n, step):
+        flat = np.asarray(views[start : start + step], np.float32).reshape(-1, width)
+        probabilities = to_probabilities(head.logits(flat))
+        total[start : start + step] += probabilities.reshape(-1, n_views, total.shape[1]).sum(axis=1)
+    return total / (1 + n_views)
+
+
+def count_seconds(fitted: FittedHead, cache: FeatureCache, elapsed: float) -> dict[str, float]:
+    """Wall time by stage; of imported features nobody knows what they cost."""
+    known = not is_imported(cache.extractor["backbone"])
+    seconds = {
+        **({"extraction": cache.provenance["seconds"]} if known else {}),
+        "selection": fitted.selection_seconds,
+        "training": fitted.seconds - fitted.selection_seconds,
+        "evaluation": elapsed - fitted.seconds,
     }
-    train = cache.splits["train"]
-    right = fitted.head.logits(train.features).argmax(axis=1) == train.listing.labels
-    return predictions, float(np.mean(right))
+    return {**seconds, "total": sum(seconds.values())}
 
 
-def write_head_run(folder: Path, record: RunRecord, fitted: FittedHead, predictions: dict[str, Predictions]) -> None:
+def describe_run(
+    learned: Learned,
+    cache: FeatureCache,
+    config: HeadConfig,
+    evaluated: Evaluated,
+    curve: Curve | None,
+) -> RunRecord:
+    """The record, but for what it cost."""
+    fitted = learned.fitted
+    n_parameters, chosen = fitted.head.n_parameters, say_choice(fitted.selection.choice)
+    return RunRecord(
+        kind="head",
+        title=f"{NAMES[config.solver]} head ({config.solver}, {chosen}) on {describe_features(cache)}",
+        settings=config.result_settings(),
+        data=describe_data(cache.listing),
+        extractor=cache.extractor,
+        seconds={},
+        peak_memory_bytes=None,
+        parameters={"trainable": n_parameters, "total": n_parameters},
+        accuracy=describe_accuracy(evaluated.predictions, evaluated.train_accuracy),
+        selection=f"{chosen}: {fitted.selection.procedure}",
+        device=config.device if config.solver == "lbfgs" else "cpu",
+        environment=describe_environment(),
+        notes=list_remarks(learned, cache, config, curve),
+        details=describe_details(learned, config, evaluated, curve),
+    )
+
+
+def describe_details(learned: Learned, config: HeadConfig, evaluated: Evaluated, curve: Curve | None) -> dict[str, Any]:
+    """What is of heads alone, as plain values (see docs/json.md)."""
+    fitted = learned.fitted
+    details: dict[str, Any] = {
+        "solver": config.solver,
+        "choice": dict(fitted.selection.choice),
+        "criterion": fitted.selection.criterion,
+        "optimistic": config.select_on == "val" and bool(fitted.selection.candidates),
+        "converged": fitted.converged,
+        "gradient": fitted.gradient,
+        "evaluations": fitted.evaluations,
+        "temperature": fitted.temperature,
+        "views": bool(config.views),
+        "tta": config.tta,
+    }
+    if evaluated.uncalibrated is not None:
+        details["uncalibrated"] = evaluated.uncalibrated
+    if config.tta:
+        details["without_tta"] = describe_accuracy(evaluated.plain, 0.0)["val"]
+    if learned.draws is not None:
+        details["draws"] = learned.draws.describe()
+    if curve is not None:
+        details["curve"] = curve.describe()
+    return details
+
+
+def say_choice(choice: Mapping[str, float]) -> str:
+    """Values by name, for people.
+
+    >>> say_choice({"k": 20, "temperature": 0.1})
+    'k = 20, temperature = 0.1'
+    """
+    return ", ".join(f"{name} = {value:g}" for name, value in choice.items())
+
+
+def write_head_run(
+    folder: Path, record: RunRecord, fitted: FittedHead, predictions: dict[str, Predictions], curve: Curve | None
+) -> None:
     """Write everything of a head's run; the record last."""
-    history = [{"C": one.C, "cv_log_loss": one.log_loss, "cv_accuracy": one.accuracy} for one in fitted.candidates]
-    write_history(folder / "history.csv", history or [{"C": fitted.C, "cv_log_loss": "", "cv_accuracy": ""}])
-    if history:
-        save_figure(draw_selection(history, fitted.C, record.title), folder / "selection.png")
+    selection = fitted.selection
+    name = selection.criterion.replace("leave-one-out ", "").replace(" ", "_")
+    left_one_out = selection.criterion.startswith("leave-one-out")
+    prefix = "val" if record.details["optimistic"] else "loo" if left_one_out else "cv"
+    history: Sequence[Mapping[str, Any]] = [
+        {**one.choice, f"{prefix}_{name}": one.loss, f"{prefix}_accuracy": one.accuracy} for one in selection.candidates
+    ]
+    write_history(folder / "history.csv", history or [{**selection.choice, "cv_log_loss": "", "cv_accuracy": ""}])
+    if len(history) > 1:
+        candidates = [{**one.choice, "loss": one.loss, "accuracy": one.accuracy} for one in selection.candidates]
+        figure = draw_selection(candidates, selection.choice, selection.criterion, record.title)
+        save_figure(figure, folder / "selection.png")
+    if curve is not None:
+        write_history(folder / "curve.csv", curve.list_rows())
+        save_figure(draw_learning_curve(curve.describe(), record.title), folder / "curve.png")
     save_head(folder, fitted.head, record.classes, record.extractor)
     write_evaluation(folder, predictions, record.classes, record.title)
     write_record(folder, record)
@@ -154,18 +374,45 @@ def describe_features(cache: FeatureCache) -> str:
     return f"imported {name} features" if name else "imported features"
 
 
-def _list_remarks(fitted: FittedHead, cache: FeatureCache) -> list[str]:
-    remarks = ["the features were extracted without augmentation"]
+def list_remarks(learned: Learned, cache: FeatureCache, config: HeadConfig, curve: Curve | None) -> list[str]:
+    """What a person should know beside the numbers."""
+    fitted, remarks = learned.fitted, [say_views(cache, config)]
     if is_imported(cache.extractor["backbone"]):
         table = cache.extractor["weights"]["name"]
         remarks = [f"the features were imported from {table}; what it cost to make them is not known and not counted"]
+    if config.select_on == "val" and fitted.selection.candidates:
+        remarks.append("the validation split chose the head and is what is reported: its accuracy is optimistic")
+    if learned.draws is not None:
+        remarks.append(learned.draws.say())
     if not fitted.converged:
-        remarks.append(f"the solver stopped after {fitted.iterations} iterations without converging")
+        remarks.append(
+            f"the solver stopped after {fitted.evaluations} evaluations without converging (largest gradient entry "
+            f"{fitted.gradient:.1e})"
+        )
+    if fitted.temperature is not None:
+        remarks.append(f"logits divided by the temperature {fitted.temperature:.3g}, from held-out training images")
+    elif config.calibrate:
+        remarks.append("not calibrated, as a class has a single training image and none can be held out")
     if bad := cache.provenance["bad"]:
         remarks.append(f"{len(bad)} files that cannot be used as images were left out of the features")
-    if len(fitted.candidates) > 1 and fitted.C in (fitted.candidates[0].C, fitted.candidates[-1].C):
-        remarks.append(f"C = {fitted.C:g} is at the end of the values tried; a better one may lie beyond")
-    return remarks
+    remarks += [
+        f"{say_choice({name: value})} is at the end of the values tried; a better one may lie beyond"
+        for name, value in fitted.selection.choice.items()
+        if name == "C" and fitted.selection.is_at_end(name)
+    ]
+    return remarks + ([curve.say()] if curve is not None else [])
+
+
+def say_views(cache: FeatureCache, config: HeadConfig) -> str:
+    """Which images the head learned from: frozen features without augmentation surprise people."""
+    views = cache.splits["train"].views
+    if config.views and views is not None:
+        text = f"learned from the plain features and {views.shape[1]} augmented views of each training image"
+    elif views is not None:
+        text = f"learned from the plain features; {views.shape[1]} augmented views of each training image were not used"
+    else:
+        text = "the features were extracted without augmentation"
+    return f"{text}; predictions are averaged over views" if config.tta else text
 
 
 def _largest(*values: int | None) -> int | None:
