@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from featcache.heads.logistic import Solution
 from featcache.heads.rows import TrainingRows, weigh_images
 from featcache.heads.selection import HeldOut, make_folds
 from featcache.heads.shuffling import ShuffledRows
+from featcache.heads.threads import Threads
 from featcache.metrics import to_probabilities
 
 Array = NDArray[Any]
@@ -363,6 +365,38 @@ def test_rows_that_count_nothing_are_as_if_they_were_left_out(n_classes: int) ->
         torch.testing.assert_close(mine, centre_bias(run(fewer).parameters), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [2, 5, 90])
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_rows_that_are_shared_out_among_threads_sum_to_the_same(n_classes: int, n: int) -> None:
+    losses = make_losses(n_classes=n_classes)
+    losses = replace(losses, features=losses.features[:n], labels=losses.labels[:n], weights=losses.weights[:, :n])
+    parameters = draw_parameters(losses)
+    with ThreadPoolExecutor(3) as pool:
+        shared = replace(losses, threads=Threads(3, pool))
+        for found, expected in zip(shared.evaluate(parameters), losses.evaluate(parameters), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            shared.find_curvature(parameters), losses.find_curvature(parameters), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_a_search_among_threads_is_the_same_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, used = make_losses(), []
+    alone = run(losses)
+    share = Threads.share
+    monkeypatch.setattr(Threads, "share", lambda self, *arguments: used.append(self._n) or share(self, *arguments))
+    monkeypatch.setattr(descent, "MIN_BLOCK", 30)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        among = run(losses)
+        assert torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+    assert set(used) == {3}  # 90 rows, at least 30 each
+    torch.testing.assert_close(centre_bias(among.parameters), centre_bias(alone.parameters), rtol=0, atol=1e-5)
+
+
 def test_values_and_gradients_told_are_those_where_the_search_ended() -> None:
     losses = make_losses()
     for found in (run(losses, tolerance=1e-3), run(losses, tolerance=0, decrease=1e-3)):
@@ -377,6 +411,18 @@ def test_a_looser_end_comes_sooner_and_is_never_better() -> None:
     assert (loose.evaluations < tight.evaluations).all()
     assert (loose.values >= tight.values).all()
     assert (loose.values < losses.evaluate(start_at_priors(losses))[0]).all()
+
+
+def test_one_small_step_is_not_the_end_and_two_in_succession_are() -> None:
+    losses = make_losses(n_ways=1)
+    search = descent._Search(losses, start_at_priors(losses), torch.ones(3, 3, 6, dtype=torch.float64))
+    search._decreases = torch.tensor([1e-6, 0.5, math.inf], dtype=torch.float64)  # inf: a step that was not taken
+    assert search.slow(1e-3).tolist() == [1, 0, 0]
+    search._decreases = torch.tensor([math.inf, 1e-6, 1e-6], dtype=torch.float64)
+    assert search.slow(1e-3).tolist() == [1, 1, 1]
+    search._decreases = torch.tensor([1e-6, 0.5, 1e-6], dtype=torch.float64)
+    assert search.slow(1e-3).tolist() == [2, 0, 2]
+    assert search.slow(0.0).tolist() == [0, 0, 0]
 
 
 def test_a_search_without_evaluations_left_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
