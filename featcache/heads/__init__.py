@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 BLOCK_IMAGES = 8192  # that are predicted at a time
-FEW = 4_000_000  # numbers in all, below which threads cost more than they bring; on a busy machine ten times more
+FEW = 1_000_000  # numbers in all, below which threads cost more than they bring
 
 
 class Fit(Protocol):
