@@ -971,18 +971,30 @@ def test_a_known_temperature_is_found(n_classes: int, temperature: float) -> Non
 
 
 def test_a_temperature_has_the_least_log_loss_of_all() -> None:
+    """With one half of an image in N + 1 taken to be of each of the other classes alike."""
     rng = np.random.default_rng(82)
     logits, labels, weights = rng.normal(0, 4, (200, 3)), rng.integers(0, 3, 200), rng.uniform(0.1, 2, 200)
     labels = np.where(rng.random(200) < 0.5, logits.argmax(axis=1), labels)
+    targets = np.eye(3)[labels]
+    targets = (1 - 0.5 / 201) * targets + 0.5 / 201 * (1 - targets) / 2
 
     def loss(temperature: float, counts: Array) -> float:
-        return -float(counts @ np.log(to_probabilities(logits / temperature)[np.arange(200), labels]))
+        return -float(counts @ (targets * np.log(to_probabilities(logits / temperature))).sum(axis=1))
 
     for counts in (None, weights):
         found = fit_temperature(logits, labels, counts)
         one = np.ones(200) if counts is None else counts
         assert all(loss(found, one) <= loss(found * factor, one) + 1e-4 for factor in (0.5, 0.9, 0.99, 1.01, 1.1, 2))
     assert fit_temperature(logits, labels) != fit_temperature(logits, labels, weights)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("n", [10, 1000])
+def test_images_that_are_all_right_make_nobody_certain(n: int, n_classes: int) -> None:
+    labels = np.arange(n) % n_classes
+    logits = 30.0 * np.eye(n_classes)[labels]
+    found = to_probabilities(logits / fit_temperature(logits, labels))
+    np.testing.assert_allclose(1 - found[np.arange(n), labels], 0.5 / (n + 1), rtol=0.02)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-15, 3.0, 1e100])
