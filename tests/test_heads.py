@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sgd: enough where only the outline matters."""
-    monkeypatch.setattr(sgd, "SMALL_STEPS", 60)
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 50)
 
 
 def count_classes(labels: Array) -> int:
@@ -163,7 +163,7 @@ def test_the_same_rows_give_the_same_head_bit_for_bit(solver: str) -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - the global state is what must not matter
-        fits.append(fit(problem, solver, calibrate=True))
+        fits.append(fit(problem, solver, calibrate=True, folds=2))
     assert fits[0].selection == fits[1].selection
     assert fits[0].temperature == fits[1].temperature
     assert fits[0].head.logits(problem[0]).tobytes() == fits[1].head.logits(problem[0]).tobytes()
@@ -277,7 +277,7 @@ def test_a_row_of_zeros_has_no_direction_and_does_no_harm() -> None:
         assert find_accuracy(fitted, (features, labels)) > 0.6
 
 
-@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
 @pytest.mark.parametrize("solver", WITH_C)
 @pytest.mark.usefixtures("few_steps")
 def test_a_feature_that_never_varies_is_harmless(solver: str, value: float) -> None:
@@ -714,7 +714,9 @@ class TestOddRows:
         labels = np.repeat(np.arange(1000), rng.integers(2, 4, 1000))
         centres = rng.normal(size=(1000, 16))
         features = (centres[labels] + 0.1 * rng.normal(size=(len(labels), 16))).astype(np.float32)
-        config = {"knn": {"temperature": 0.05}, "ridge": {}, "lbfgs": {"grid": (0.01,)}}.get(solver, {"C": 0.01})
+        config = {"knn": {"temperature": 0.05}, "ridge": {"grid": (0.01, 1.0)}, "lbfgs": {"grid": (0.01,)}}.get(
+            solver, {"C": 0.01}
+        )
         fitted = fit((features, labels), solver, **config)
         assert fitted.head.logits(features).shape == (len(labels), 1000)
         assert find_accuracy(fitted, (features, labels)) > {"knn": 0.99, "sgd": 0.2}.get(solver, 0.4)

@@ -465,7 +465,7 @@ def test_every_c_of_a_path_is_solved_well_enough(n_classes: int, n: int, d: int,
     path = logistic.fit_path(problem, problem.features, labels, rows.weights[None], logistic.GRID)
     assert path.shape == (1, len(logistic.GRID), 1 if n_classes == 2 else n_classes, problem.features.shape[1] + 1)
     x = problem.features.double().numpy()
-    for strength, found in zip(logistic.GRID, path[0].numpy(), strict=True):
+    for strength, found in list(zip(logistic.GRID, path[0].numpy(), strict=True))[::2]:
         best = lbfgs.solve(torch.from_numpy(x), labels, C=strength, weights=rows.weights, tolerance=1e-10)
         least = find_objective(x, labels, strength, rows.weights, best.coefficients, best.intercept)[0]
         value = find_objective(x, labels, strength, rows.weights, found[:, :-1], found[:, -1])[0]
@@ -809,33 +809,51 @@ def test_rows_of_a_file_are_chosen_among_as_rows_in_memory_are(
 
 
 @pytest.mark.parametrize("select_on", ["cv", "val"])
-def test_c_is_chosen_on_the_stream_too_where_rows_are_many(
-    select_on: str, stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c_is_chosen_on_the_stream_too_where_rows_are_many(select_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are few images with many features, so that a fit is far better on what it has seen."""
     monkeypatch.setattr(sgd, "LARGE", 0)
-    monkeypatch.setattr(sgd, "SMALL_STEPS", 400)
-    grid = (1e-3, 1e-1, 10.0)
-    splits = featcache.read_cache(stored["float32"]).splits
-    train, val = splits["train"], splits["val"]
-    labels = train.listing.labels
-    held = HeldOut(features=val.features, labels=val.listing.labels) if select_on == "val" else None
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 600)
+    grid = (1e-3, 1e-2, 1e-1)
+    features, labels = make_cloud(63, n=200, d=60)
+    features = 0.5 * features + np.random.default_rng(63).normal(size=features.shape).astype(np.float32)
+    images = np.arange(200)
     config = HeadConfig(solver="sgd", grid=grid, batch_size=64)
-    with stream_cache(stored["float32"]) as cache:
-        streamed = cache.splits["train"].features
-        selection = featcache.heads.fit_head(streamed, labels, 3, config, validation=held).selection
-    mean, std = train.features.mean(axis=0), train.features.std(axis=0)
-    used = np.ones(len(labels), np.bool_) if held else make_folds(labels, 5, 0) != 0
-    judged, wanted = (held.features, held.labels) if held else (train.features[~used], labels[~used])
-    expected = []
+    if select_on == "val":
+        held, used = HeldOut(features=features[120:], labels=labels[120:]), images < 120
+        selection = featcache.heads.fit_head(features[:120], labels[:120], 3, config, validation=held).selection
+        mean, std = features[:120].mean(axis=0), features[:120].std(axis=0)
+    else:
+        used = ~sgd.hold_out(labels, config)
+        selection = featcache.heads.fit_head(features, labels, 3, config).selection
+        mean, std = features.mean(axis=0), features.std(axis=0)
+    x, expected = (features - mean) / std, []
     for strength in grid:
-        model = LogisticRegression(C=strength, tol=1e-8, max_iter=1000)
-        model.fit((train.features[used] - mean) / std, labels[used])
-        own = model.predict_proba((judged - mean) / std)[np.arange(len(wanted)), wanted]
-        expected.append(-np.log(own).mean())
+        model = LogisticRegression(C=strength, tol=1e-8, max_iter=1000).fit(x[used], labels[used])
+        losses = -np.log(model.predict_proba(x)[images, labels])
+        expected.append(losses[~used].mean())
+    assert expected[-1] > 1.5 * losses[used].mean()
     np.testing.assert_allclose([one.loss for one in selection.candidates], expected, rtol=0.03)
     assert selection.choice["C"] == grid[int(np.argmin(expected))]
     words = "on the validation split, least log loss: its accuracy is optimistic"
-    assert selection.procedure == (words if held else "on 1 / 5 of the training split, held out, least log loss")
+    on_a_share = "on 1 / 5 of the training split, held out, least log loss"
+    assert selection.procedure == (words if select_on == "val" else on_a_share)
+
+
+def test_images_that_choose_are_drawn_and_leave_one_of_each_class() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(11), [1000] + [1] * 10))
+    out = sgd.hold_out(labels, HeadConfig(folds=4))
+    assert 0.2 < out.mean() < 0.3
+    assert not out[labels > 0].any()
+    assert not np.array_equal(out, sgd.hold_out(labels, HeadConfig(folds=4, seed=1)))
+
+
+def test_nothing_is_chosen_on_a_stream_where_nothing_can_be_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sgd, "LARGE", 0)
+    monkeypatch.setattr(sgd, "SMALL_STEPS", 20)
+    features, labels = make_cloud(64, n=5, n_classes=5)
+    selection = featcache.heads.fit_head(features, labels, 5, HeadConfig(solver="sgd")).selection
+    assert (selection.choice, selection.candidates) == ({"C": 0.01}, ())
+    assert "a class has a single training image" in selection.procedure
 
 
 def test_the_last_step_of_all_is_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,7 +317,14 @@ def test_a_few_images_are_drawn_several_times(few: dict[str, Any], solver: str, 
     assert run.record.settings["repeats"] == 4
 
 
-def test_a_draw_is_a_fit_of_its_own(imported: Path, tmp_path: Path) -> None:
+def test_a_draw_is_a_fit_of_its_own(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def spy(features: Any, labels: Any, n_classes: int, config: stage.HeadConfig, **more: Any) -> Any:
+        seeds.append(config.seed)
+        return fit_head(features, labels, n_classes, config, **more)
+
+    monkeypatch.setattr(draw_images, "fit_head", spy)
     draws = train_head(imported, tmp_path / "run", shots=6, repeats=3, seed=5).record.details["draws"]
     splits = featcache.read_cache(imported).splits
     train, val = splits["train"], splits["val"]
@@ -327,6 +334,7 @@ def test_a_draw_is_a_fit_of_its_own(imported: Path, tmp_path: Path) -> None:
         own = stage.HeadConfig(solver="lbfgs", seed=5 + draw)
         head = fit_head(train.features[images], train.listing.labels[images], 3, own).head
         assert found == (head.logits(val.features).argmax(axis=1) == val.listing.labels).mean()
+    assert seeds == [5, 6, 7]
 
 
 def test_a_single_draw_has_no_spread(imported: Path, tmp_path: Path) -> None:

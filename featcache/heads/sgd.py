@@ -28,11 +28,13 @@ from featcache.heads.logistic import GRID, Solution, find_logits, make_head
 from featcache.heads.ridge import Decomposition, RidgeStatistics, decompose
 from featcache.heads.rows import TrainingRows, to_unit_length
 from featcache.heads.selection import (
+    FALLBACK_C,
     HeldOut,
     Scores,
     Selection,
     make_folds,
     pick_best,
+    say_not_chosen,
     say_procedure,
 )
 from featcache.heads.shuffling import ShuffledRows
@@ -183,6 +185,8 @@ def choose_c(
         return logistic.choose_c(logistic.make_problem(rows, config), config, folds, validation, progress)
     grid = sorted(config.grid or GRID)
     out = np.zeros(len(rows), np.bool_) if validation is not None else hold_out(rows.labels, config)
+    if validation is None and not out.any():
+        return Selection(choice={"C": FALLBACK_C}, procedure=say_not_chosen())
     descent = Descent(rows, space, ~out[None], grid, config, epochs=min(RANKING_EPOCHS, config.epochs))
     path, scores = descent.run(progress, "choosing C"), Scores(len(grid))
     if validation is None:
