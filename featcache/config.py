@@ -35,6 +35,15 @@ MAX_VIEWS = 1000  # of one image
 IMPORTED = "imported"
 
 
+def name_option(name: str) -> str:
+    """A setting as it is typed.
+
+    >>> name_option("C"), name_option("batch_size")
+    ('-C', '--batch-size')
+    """
+    return f"-{name}" if len(name) == 1 else "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What all the settings below have in common."""
@@ -50,8 +59,7 @@ class Settings:
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            option = "-C" if name == "C" else "--" + name.replace("_", "-")
-            raise SettingsError(f"{option} is {getattr(self, name)!r}: expected {expected}")
+            raise SettingsError(f"{name_option(name)} is {getattr(self, name)!r}: expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +382,23 @@ class HeadConfig(Settings):
     lr: float = 0.02
     device: str = "auto"
     seed: int = 0
+
+    # Settings that some solvers do not heed, and who does; "auto" stands for lbfgs or sgd.
+    OF_SOLVERS: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(("C", "grid", "scaling"), ("lbfgs", "sklearn", "ridge", "sgd")),
+        **dict.fromkeys(("k", "temperature"), ("knn",)),
+        **dict.fromkeys(("epochs", "batch_size", "lr"), ("sgd",)),
+        "device": ("lbfgs",),
+    }
+
+    def list_unheeded(self) -> list[str]:
+        """The settings, other than by default, that the solver does not heed; the CPU is every solver's."""
+        solvers = {"lbfgs", "sgd"} if self.solver == "auto" else {self.solver}
+        return [
+            name
+            for name, heeding in self.OF_SOLVERS.items()
+            if getattr(self, name) not in (getattr(HeadConfig, name), "cpu") and not solvers.intersection(heeding)
+        ]
 
     def __post_init__(self) -> None:
         self._require(self.solver in SOLVERS, "solver", " or ".join(SOLVERS))

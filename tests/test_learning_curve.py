@@ -227,7 +227,6 @@ def test_the_verdict_is_what_the_interval_allows(further: tuple[float, float, fl
     curve = Curve(
         sizes=np.array([10, 80]),
         right=np.array([[0.5] * 100, [1.0] * 88 + [0.0] * 12]),
-        n_images=100,
         law=law,
         further=[(200, *further), (400, *further)],
     )

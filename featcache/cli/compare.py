@@ -22,7 +22,7 @@ from featcache.cli.common import (
     split_options,
     store_option,
 )
-from featcache.config import RUNS_DIR, SOLVERS, CompareConfig
+from featcache.config import RUNS_DIR, SOLVERS, CompareConfig, name_option
 from featcache.errors import SettingsError, make_printable
 
 HEAD_OPTIONS = ("solver", "C", "seed")
@@ -121,7 +121,7 @@ def check_unstated(settings: dict[str, Any], backbones: tuple[str, ...], used: t
     """Raise a SettingsError if an option is stated that would do nothing."""
     stated = [name for name in DATA_OPTIONS if name not in used and settings[name] is not None]
     if backbones or stated:
-        option = "--backbone" if backbones else {"C": "-C"}.get(stated[0], f"--{stated[0].replace('_', '-')}")
+        option = "--backbone" if backbones else name_option(stated[0])
         raise SettingsError(f"{option} is for a folder of images: {why}")
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.heads.rows import to_float, to_unit_length
 from featcache.heads.selection import Selection
 
 
@@ -47,7 +48,8 @@ class LinearHead:
 
     def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
         """Features (N, D) -> logits (N, C)."""
-        return (divide_by_length(features) if self.unit_length else features) @ self.weight.T + self.bias
+        rows = to_unit_length(to_float(features)).numpy() if self.unit_length else features
+        return rows @ self.weight.T + self.bias
 
     def divide_logits(self, temperature: float) -> LinearHead:
         """The head whose logits are these, divided by a temperature."""
@@ -79,13 +81,6 @@ class LinearHead:
     def n_parameters(self) -> int:
         """Numbers that were fitted."""
         return self.weight.size + self.bias.size
-
-
-def divide_by_length(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows (N, D), each divided by its Euclidean length; a row of zeros stays."""
-    lengths = np.sqrt(np.square(features).sum(axis=1, keepdims=True))
-    divided: NDArray[np.float32] = np.divide(features, lengths, out=np.zeros_like(features), where=lengths > 0)
-    return divided
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from featcache.progress import Progress
 NEIGHBOURS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 USUAL = {"k": 20, "temperature": 0.07}  # of the paper's followers, where nothing can be held out
-MAX_QUERIES = 10_000  # images that choose; more would cost N^2 and change nothing
+MAX_QUERIES = 10_000  # images that choose, at most: all of many would cost N^2
 BLOCK_SIMILARITIES = 1 << 24  # at a time, 64 MB
 ONE_MORE = 1.0  # votes for all classes alike
 
@@ -129,7 +129,8 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
     """Choose the number of neighbours and the temperature, and keep the rows."""
     bank = Bank(rows)
     choices = [{"k": k, "temperature": t} for k in list_neighbours(config, bank) for t in list_temperatures(config)]
-    folds = make_folds(rows.labels, config.folds, config.seed)
+    wanted = config.calibrate or (len(choices) > 1 and validation is None)
+    folds = make_folds(rows.labels, config.folds, config.seed) if wanted else None
     started = time.perf_counter()
     selection = choose(bank, choices, folds, config, validation, progress)
     selected = time.perf_counter()

@@ -17,7 +17,7 @@ from featcache.progress import Progress
 
 TOLERANCE = 1e-6  # largest gradient entry of objective / (C N); scikit-learn's 1e-4 is off by per cents
 SMALL_TOLERANCE = 1e-8  # where it costs nothing
-FEW_NUMBERS = 500_000
+FEW_NUMBERS = 500_000  # in all: few enough for it
 SINGLE_TOLERANCE = 1e-6  # what single precision can reach
 
 

@@ -37,7 +37,7 @@ from featcache.heads.selection import (
 from featcache.progress import Progress
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-SMALL = 4_000_000  # numbers in all, below which all folds are solved together, and the last digits cost nothing
+SMALL = 4_000_000  # numbers in all, up to which all folds are solved together, and rows kept in double precision
 DECREASE = 1e-5  # of the objective in a step, twice in succession, at which a fit ends that only ranks values of C
 STATE_BYTES = 512 << 20  # of the searches that go on at a time
 WORTH_ROTATING = 0.2  # N K models / D^2 from which the axes cost less than the evaluations that they save
@@ -92,13 +92,14 @@ def fit_logistic(
 ) -> FittedHead:
     """Choose C, unless it is given, and fit with it."""
     problem = make_problem(rows, config, device)
-    folds = make_folds(rows.labels, config.folds, config.seed)
+    wanted = config.calibrate or (config.C is None and validation is None)
+    folds = make_folds(rows.labels, config.folds, config.seed) if wanted else None
     started = time.perf_counter()
     selection = choose_c(problem, config, folds, validation, progress)
     selected = time.perf_counter()
     strength = selection.choice["C"]
     solution = solve(problem.features, problem.labels, C=strength, weights=problem.weights)
-    head = make_head(solution, problem.coordinates, unit_length=rows.unit_length)
+    head = make_head(solution.coefficients, solution.intercept, problem.coordinates, unit_length=rows.unit_length)
     held_out = None
     if config.calibrate and folds is not None:
         held_out = predict_held_out(problem, folds, strength)
@@ -127,8 +128,6 @@ class Problem:
         (N V, R): every image's rows one after the other, the plain one first.
     labels, weights, images
         (N V,) of each row: its class, what it counts, its image.
-    variance
-        (R,) float64, the mean square of each coordinate.
     """
 
     rows: TrainingRows
@@ -137,7 +136,6 @@ class Problem:
     labels: NDArray[np.int64]
     weights: NDArray[np.float64]
     images: NDArray[np.int64]
-    variance: Tensor
 
 
 def make_problem(rows: TrainingRows, config: HeadConfig, device: str = "cpu") -> Problem:
@@ -147,15 +145,13 @@ def make_problem(rows: TrainingRows, config: HeadConfig, device: str = "cpu") ->
     rotate = n * rows.n_classes * n_models > WORTH_ROTATING * min(n, rows.dim) ** 2
     dtype = torch.float64 if rows.size <= SMALL else torch.float32
     coordinates, features = find_axes(rows, config.scaling, rotate=rotate, dtype=dtype)
-    features = features.to(device)
     return Problem(
         rows=rows,
         coordinates=coordinates,
-        features=features,
+        features=features.to(device),
         labels=np.repeat(rows.labels, rows.n_views),
         weights=np.repeat(rows.weights / rows.n_views, rows.n_views),
         images=np.repeat(np.arange(len(rows)), rows.n_views),
-        variance=find_variance(features),
     )
 
 
@@ -223,13 +219,7 @@ def score_in_folds(
 def score_on_validation(problem: Problem, grid: Sequence[float], validation: HeldOut, scores: Scores) -> None:
     """Score every C on the validation split, fitted on all training rows."""
     path = fit_path(problem, problem.features, problem.labels, problem.weights[None], grid)
-    held = TrainingRows(
-        features=validation.features,
-        labels=validation.labels,
-        n_classes=problem.rows.n_classes,
-        weights=np.ones(len(validation.labels)),
-        unit_length=problem.rows.unit_length,
-    )
+    held = problem.rows.replace_images(validation.features, validation.labels)
     for images, block in held.iterate():
         features = problem.coordinates.transform(block[:, 0], problem.features.dtype).to(problem.features.device)
         for i, logits in enumerate(find_logits(path[0], features)):
@@ -285,11 +275,12 @@ def fit_path(
     """
     n_models, n_outputs = len(counts) * len(grid), 1 if problem.rows.n_classes == 2 else problem.rows.n_classes
     losses = make_losses(features.float(), labels, problem.rows.n_classes, counts, grid)
+    variance = find_variance(features)
     bytes_each = n_outputs * (features.shape[1] + 1) * (2 * REMEMBERED * 4 + 10 * 8)
     parameters = []
     for models in torch.split(torch.arange(n_models), max(1, STATE_BYTES // bytes_each)):
         some = losses.select(models.to(features.device))
-        found = minimise(some, start_at_priors(some), scale_by_curvature(some, problem.variance), decrease=DECREASE)
+        found = minimise(some, start_at_priors(some), scale_by_curvature(some, variance), decrease=DECREASE)
         parameters.append(found.parameters)
     return torch.cat(parameters).view(len(counts), len(grid), n_outputs, -1)
 
@@ -316,9 +307,15 @@ def find_logits(path: Tensor, features: Tensor) -> Iterator[NDArray[np.float64]]
         yield np.hstack([-logits, logits]) / 2 if logits.shape[1] == 1 else logits
 
 
-def make_head(solution: Solution, coordinates: Coordinates, *, unit_length: bool) -> LinearHead:
-    """The linear layer on raw features that a solution on coordinates stands for, one output a class."""
-    weight, bias = coordinates.to_raw(solution.coefficients, solution.intercept)
+def make_head(
+    coefficients: NDArray[np.float64],
+    intercept: NDArray[np.float64],
+    coordinates: Coordinates,
+    *,
+    unit_length: bool,
+) -> LinearHead:
+    """The linear layer on raw features that weights (C, R), or (1, R) of two classes, on coordinates stand for."""
+    weight, bias = coordinates.to_raw(coefficients, intercept)
     if len(weight) == 1:  # two classes, one vector: the softmax of (-f/2, f/2) is the logistic function of f
         weight, bias = np.vstack([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return LinearHead(

@@ -23,8 +23,8 @@ from torch import Tensor
 from featcache.config import HeadConfig
 from featcache.heads.coordinates import Coordinates
 from featcache.heads.fitted import FittedHead, LinearHead
-from featcache.heads.logistic import SMALL, Solution, make_head
-from featcache.heads.rows import TrainingRows, to_float, to_unit_length
+from featcache.heads.logistic import SMALL, make_head
+from featcache.heads.rows import TrainingRows, to_float
 from featcache.heads.selection import (
     FALLBACK_C,
     Candidate,
@@ -170,14 +170,7 @@ class Decomposition:
 
     def make_head(self, C: float, *, unit_length: bool = False) -> LinearHead:  # noqa: N803
         """The linear layer on raw features."""
-        solution = Solution(
-            coefficients=self.solve(C).T.numpy(),
-            intercept=self.shares.numpy(),
-            evaluations=1,
-            gradient=0.0,
-            converged=True,
-        )
-        return make_head(solution, self.coordinates, unit_length=unit_length)
+        return make_head(self.solve(C).T.numpy(), self.shares.numpy(), self.coordinates, unit_length=unit_length)
 
 
 def decompose(statistics: RidgeStatistics, scaling: str) -> Decomposition:
@@ -266,12 +259,11 @@ def choose_on_validation(
     rows: TrainingRows, decomposition: Decomposition, grid: Sequence[float], validation: HeldOut
 ) -> Selection:
     """Choose C by the squared error on the validation split."""
-    features = to_float(validation.features[0 : len(validation.labels)])
-    features = to_unit_length(features) if rows.unit_length else features
+    features = to_float(validation.features[0 : len(validation.labels)]).numpy()
     wanted = np.eye(rows.n_classes)[validation.labels]
     candidates = []
     for value in grid:
-        scores = decomposition.make_head(value).logits(features.numpy())
+        scores = decomposition.make_head(value, unit_length=rows.unit_length).logits(features)
         candidates.append(
             Candidate(
                 choice={"C": value},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -86,15 +86,18 @@ class TrainingRows:
             images = slice(start, min(start + step, len(self)))
             yield images, self.read(images)
 
+    def replace_images(self, features: Features, labels: NDArray[np.int64]) -> TrainingRows:
+        """Other images, without views, each counting 1, to be treated like these."""
+        return replace(self, features=features, labels=labels, views=None, weights=np.ones(len(labels)))
+
     def select(self, images: NDArray[np.int64]) -> TrainingRows:
         """Only these images, in memory."""
-        return TrainingRows(
+        return replace(
+            self,
             features=gather(self.features, images),
             labels=self.labels[images],
-            n_classes=self.n_classes,
             views=None if self.views is None else gather(self.views, images),
             weights=self.weights[images],
-            unit_length=self.unit_length,
         )
 
 
@@ -139,10 +142,8 @@ def check_rows(rows: TrainingRows) -> None:
         raise DatasetError("a classifier needs at least 2 classes; the training split has 1")
     counts = np.bincount(rows.labels, minlength=rows.n_classes)
     if len(counts) > rows.n_classes or not counts.all():
-        raise DatasetError(
-            f"class {int(np.argmin(counts > 0))} of {rows.n_classes} has no training image; leave it out, or give it "
-            f"some"
-        )
+        number = int(np.argmin(counts > 0))
+        raise DatasetError(f"class {number} of {rows.n_classes} has no training image; leave it out, or give it some")
     first, varies = None, False
     for images, block in rows.iterate():
         if not torch.isfinite(block.sum()) and not torch.isfinite(block).all():  # the sum is the quicker look

@@ -24,7 +24,7 @@ from featcache.config import HeadConfig
 from featcache.heads import logistic
 from featcache.heads.descent import Losses, compare_with_labels, scale_by_curvature, start_at_priors
 from featcache.heads.fitted import FittedHead
-from featcache.heads.logistic import GRID, Solution, find_logits, make_head
+from featcache.heads.logistic import GRID, find_logits, make_head
 from featcache.heads.ridge import Decomposition, RidgeStatistics, decompose
 from featcache.heads.rows import TrainingRows, to_unit_length
 from featcache.heads.selection import (
@@ -58,17 +58,12 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
     everyone = np.ones((1, len(rows)), np.bool_)
     descent = Descent(rows, space, everyone, strength, config, epochs=config.epochs)
     parameters = descent.run(progress, "training")[0]
-    solution = Solution(
-        coefficients=parameters[:, :-1].numpy(),
-        intercept=parameters[:, -1].numpy(),
-        evaluations=descent.n_steps,
-        gradient=math.nan,
-        converged=True,
-    )
     folds = make_folds(rows.labels, config.folds, config.seed) if config.calibrate else None
     held_out = None if folds is None else predict_held_out(rows, space, folds, strength, config, progress)
     return FittedHead(
-        head=make_head(solution, space.coordinates, unit_length=rows.unit_length),
+        head=make_head(
+            parameters[:, :-1].numpy(), parameters[:, -1].numpy(), space.coordinates, unit_length=rows.unit_length
+        ),
         selection=selection,
         evaluations=descent.n_steps,
         held_out=held_out,
@@ -123,8 +118,8 @@ class Descent:
         )
         self.which, self.penalties = losses.which, losses.penalties.float()
         self.scale = scale_by_curvature(losses, space.eigenvalues / space.total).float()
-        self.at = (start_at_priors(losses).float() / self.scale).requires_grad_(False)
-        self.shape, self.lr, self.n_steps = (len(used), len(grid)), config.lr, 0
+        self.at = start_at_priors(losses).float() / self.scale
+        self.lr, self.n_steps = config.lr, 0
 
     def run(self, progress: Progress, what: str) -> Tensor:
         """Parameters (F G, K, R + 1) after all epochs, float64, weights along the directions and the bias last."""
@@ -193,8 +188,7 @@ def choose_c(
         score(replace(rows, views=None), out, space, path, scores)
         procedure = f"on 1 / {config.folds} of the training split, held out, least log loss"
     else:
-        held = replace(rows, features=validation.features, labels=validation.labels, views=None)
-        held = replace(held, weights=np.ones(len(held)))
+        held = rows.replace_images(validation.features, validation.labels)
         score(held, np.ones(len(held), np.bool_), space, path, scores)
         procedure = say_procedure(None)
     candidates = scores.candidates([{"C": value} for value in grid])

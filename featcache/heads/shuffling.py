@@ -13,13 +13,13 @@ from torch import Tensor
 from featcache.heads.rows import Features, TrainingRows
 
 CHUNK_BYTES = 256 << 10  # read in one piece
-BUFFER_BYTES = 64 << 20  # of chunks, among which rows are shuffled; another such buffer is filled meanwhile
+BUFFER_BYTES = 48 << 20  # of chunks, among which rows are shuffled; another such buffer is filled meanwhile
 
 
 class ShuffledRows:
     """Batches of training rows.
 
-    A cache is sorted by class, so that a batch of neighbours would be of one class: some 256 chunks are in a buffer at
+    A cache is sorted by class, so that a batch of neighbours would be of one class: some 200 chunks are in a buffer at
     a time, and batches are drawn from all of it.
 
     Parameters

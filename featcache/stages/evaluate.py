@@ -52,15 +52,14 @@ def make_predictions(split: Split, probabilities: NDArray[np.float64]) -> Predic
 def describe_accuracy(predictions: Mapping[str, Predictions], train_accuracy: float) -> dict[str, Any]:
     """The record's `accuracy`: "train" as a share; the held-out splits with n, correct, and what else is measured."""
     described: dict[str, Any] = {"train": train_accuracy}
-    for name, one in predictions.items():
-        correct, n = count_correct(one.labels, one.predicted), len(one.labels)
-        described[name] = {
-            "n": n,
-            "correct": correct,
-            "accuracy": correct / n,
-            **measure_probabilities(one.labels, one.probabilities),
-        }
-    return described
+    return described | {name: describe_predictions(one) for name, one in predictions.items()}
+
+
+def describe_predictions(predictions: Predictions) -> dict[str, Any]:
+    """How many there are, how many are right, and what else is measured."""
+    correct, n = count_correct(predictions.labels, predictions.predicted), len(predictions.labels)
+    measured = measure_probabilities(predictions.labels, predictions.probabilities)
+    return {"n": n, "correct": correct, "accuracy": correct / n, **measured}
 
 
 def write_evaluation(

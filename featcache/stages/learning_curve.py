@@ -36,8 +36,6 @@ class Curve:
         (S,) training images per fit.
     right
         (S, N) share of the fits of each size that were right about each training image, which none of them had seen.
-    n_images
-        N, of the training split.
     law
         What was fitted, None where there are too few sizes.
     further
@@ -46,7 +44,6 @@ class Curve:
 
     sizes: NDArray[np.int64]
     right: NDArray[np.float64]
-    n_images: int
     law: PowerLaw | None
     further: list[tuple[int, float, float, float]]
 
@@ -75,7 +72,7 @@ class Curve:
         if not self.further:
             return f"learning curve: {now:.1%} with {self.sizes[-1]} images; too few sizes to say what more would bring"
         n, accuracy, low, high = self.further[0]
-        here = float(self.law.accuracy(self.n_images)) if self.law else now
+        here = float(self.law.accuracy(self.right.shape[1])) if self.law else now
         judged = "would help" if low > here + 0.005 else "may help" if high > here + 0.01 else "would hardly help"
         return (
             f"learning curve: {now:.1%} with {self.sizes[-1]} training images; twice as many as there are ({n:,}) "
@@ -122,8 +119,8 @@ def learn_curve(cache: FeatureCache, config: HeadConfig, progress: Progress) -> 
         settled.setdefault(row, replace(config, **settle(fitted.selection.choice)))
         predicted = fitted.head.logits(gather(train.features, held).astype(np.float32)).argmax(axis=1)
         right[row, held] += (predicted == labels[held]) / config.repeats
-    law, further = extrapolate(sizes, right, len(labels), config.seed)
-    return Curve(sizes=sizes, right=right, n_images=len(labels), law=law, further=further)
+    law, further = extrapolate(sizes, right, config.seed)
+    return Curve(sizes=sizes, right=right, law=law, further=further)
 
 
 def settle(choice: Any) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def list_parts(
 
 
 def extrapolate(
-    sizes: NDArray[np.int64], right: NDArray[np.float64], n_images: int, seed: int
+    sizes: NDArray[np.int64], right: NDArray[np.float64], seed: int
 ) -> tuple[PowerLaw | None, list[tuple[int, float, float, float]]]:
     """The law through the points, and what it foretells with an interval from resampled images.
 
@@ -174,7 +171,7 @@ def extrapolate(
     laws = [fit_power_law(n, right[:, draw].mean(axis=1)) for draw in draws]
     further = []
     for factor in FURTHER:
-        size = factor * n_images
+        size = factor * right.shape[1]
         low, high = np.percentile([float(one.accuracy(size)) for one in laws], INTERVAL)
         further.append((size, float(law.accuracy(size)), float(low), float(high)))
     return law, further

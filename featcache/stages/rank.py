@@ -11,7 +11,7 @@ from typing import Any
 from featcache import files
 from featcache.backbones.catalogue import find_cost
 from featcache.cache import FeatureCache, check_complete, open_cache
-from featcache.config import RUNS_DIR, CompareConfig, HeadConfig, is_imported
+from featcache.config import RUNS_DIR, CompareConfig, HeadConfig, is_imported, name_option
 from featcache.dataset import describe_data
 from featcache.errors import BackboneError, BadImage, MissingExtraError, RunError, SettingsError
 from featcache.files import hash_bytes
@@ -100,7 +100,7 @@ def rank_backbones(
     """
     config, output = CompareConfig(**settings), Path(output)
     if stated := [name for name in FINETUNING if getattr(config, name) is not None]:
-        option = "--" + stated[0].replace("_", "-")
+        option = name_option(stated[0])
         raise SettingsError(f"{option} is of fine-tuning, and several backbones are compared by their heads alone")
     if len(set(backbones)) < len(backbones):
         raise SettingsError("a backbone is named twice: expected each once")

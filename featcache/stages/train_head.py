@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featcache import files
 from featcache.bundle import save_head
 from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache, stream_cache
-from featcache.config import RUNS_DIR, HeadConfig, is_imported
+from featcache.config import RUNS_DIR, HeadConfig, is_imported, name_option
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError, SettingsError
 from featcache.files import find_free_memory
@@ -36,7 +36,7 @@ from featcache.runs import (
 )
 from featcache.runtime import select_device
 from featcache.stages.draw_images import Draws, fit_draws
-from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
+from featcache.stages.evaluate import Run, describe_accuracy, describe_predictions, make_predictions, write_evaluation
 from featcache.stages.learning_curve import Curve, learn_curve
 
 NAMES = {"lbfgs": "linear", "sklearn": "linear", "sgd": "linear", "ridge": "ridge", "knn": "nearest-neighbour"}
@@ -143,16 +143,22 @@ def learn(cache: FeatureCache, config: HeadConfig, progress: Progress) -> Learne
 
 
 def check_settings(config: HeadConfig) -> None:
-    """Raise a SettingsError if a setting is stated that another one makes meaningless."""
+    """Raise a SettingsError if a setting is stated that would do nothing beside the others."""
+    drawn = config.shots is not None or config.fraction is not None
     if config.shots is not None and config.fraction is not None:
         raise SettingsError("--shots and --fraction are two ways to draw training images; state one of them")
+    if config.repeats != HeadConfig.repeats and not (drawn or config.curve):
+        raise SettingsError("--repeats is of --shots, --fraction and --curve: expected one of them beside it")
     if config.solver == "knn" and config.C is not None:
         raise SettingsError("-C is of a penalty, and nearest neighbours have none; they have -k and --temperature")
-    if config.solver != "knn" and (config.k is not None or config.temperature is not None):
-        option = "-k" if config.k is not None else "--temperature"
-        raise SettingsError(f"{option} is of nearest neighbours: expected --solver knn beside it")
-    if config.C is not None and config.select_on == "val":
-        raise SettingsError("-C is given, so that --select-on has nothing to choose; state one of them")
+    if unheeded := config.list_unheeded():
+        solvers = HeadConfig.OF_SOLVERS[unheeded[0]]
+        what = "nearest neighbours" if solvers == ("knn",) else " or ".join(solvers)
+        raise SettingsError(f"{name_option(unheeded[0])} is of {what}: expected --solver {solvers[0]} beside it")
+    for names in (("C",), ("k", "temperature")):
+        if config.select_on == "val" and all(getattr(config, name) is not None for name in names):
+            given = " and ".join(map(name_option, names)) + (" is" if len(names) == 1 else " are")
+            raise SettingsError(f"{given} given, so that --select-on has nothing to choose; state one of them")
 
 
 def fits_in_memory(features: Path | str, config: HeadConfig) -> bool:
@@ -324,7 +330,7 @@ def describe_details(learned: Learned, config: HeadConfig, evaluated: Evaluated,
     if evaluated.uncalibrated is not None:
         details["uncalibrated"] = evaluated.uncalibrated
     if config.tta:
-        details["without_tta"] = describe_accuracy(evaluated.plain, 0.0)["val"]
+        details["without_tta"] = describe_predictions(evaluated.plain["val"])
     if learned.draws is not None:
         details["draws"] = learned.draws.describe()
     if curve is not None:

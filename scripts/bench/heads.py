@@ -29,6 +29,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from extraction import read_peak
 from numpy.typing import NDArray
 
 from featcache import read_cache
@@ -195,7 +196,10 @@ def bench_path(problem: Problem, _: int) -> list[str]:
     timed = time_in_turns(works, 1)
     made = logistic.make_problem(problem.rows, HeadConfig(grid=GRID, device="cpu"))
     losses = logistic.make_losses(made.features.float(), made.labels, made.rows.n_classes, made.weights[None], GRID)
-    start, scale = descent.start_at_priors(losses), descent.scale_by_curvature(losses, made.variance)
+    start, scale = (
+        descent.start_at_priors(losses),
+        descent.scale_by_curvature(losses, logistic.find_variance(made.features)),
+    )
     least = descent.minimise(losses, start, scale, tolerance=2e-6).values.tolist()
     first, lines = timed["scikit-learn, warm"][0], []
     for name, (seconds, path) in timed.items():
@@ -388,14 +392,8 @@ def read_million(path: Path) -> list[str]:
     ]
     return [
         *lines,
-        f"  peak memory of the process that streams: {memory:.0f} MB ({n * dim * 2 / 1e6:.0f} MB of features)",
+        f"  peak memory of the process that streams: {memory:.0f} MiB ({n * dim * 2 / 2**20:.0f} MiB of features)",
     ]
-
-
-def read_peak() -> float:
-    """Megabytes of the largest resident memory since this program was started (of which ru_maxrss knows too much)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1e3
 
 
 def train_million(path: Path) -> list[str]:
@@ -413,7 +411,7 @@ def train_million(path: Path) -> list[str]:
     return [
         f"  a head, C chosen      {seconds:8.3f} s  accuracy {accuracy:.4f}, {fitted.selection.choice}, "
         f"{n * passes / seconds / 1e6:.2f} million rows/s",
-        f"  peak memory of the process that learns: {read_peak():.0f} MB",
+        f"  peak memory of the process that learns: {read_peak():.0f} MiB",
     ]
 
 
@@ -425,7 +423,7 @@ def command_million(path: Path) -> list[str]:
         started = time.perf_counter()
         train_head(path, Path(folder) / "run", solver="sgd")
         seconds = time.perf_counter() - started
-    return [f"  train-head --solver sgd {seconds:6.1f} s, peak memory {read_peak():.0f} MB"]
+    return [f"  train-head --solver sgd {seconds:6.1f} s, peak memory {read_peak():.0f} MiB"]
 
 
 @click.command(help=__doc__)
