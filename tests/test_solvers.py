@@ -295,7 +295,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 def test_values_and_gradients_are_those_of_autograd(n_classes: int, dtype: torch.dtype) -> None:
     losses = make_losses(n_classes=n_classes, dtype=dtype)
     parameters = draw_parameters(losses)
-    values, gradients = losses.evaluate(parameters)
+    values, gradients = losses.evaluate(losses.locate(parameters))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     for model, one in enumerate(parameters):
         at = one.clone().requires_grad_()
@@ -310,7 +310,7 @@ def test_values_and_gradients_are_those_of_autograd(n_classes: int, dtype: torch
 def test_the_curvature_is_the_diagonal_of_the_hessian(n_classes: int) -> None:
     losses = make_losses(n_classes=n_classes)
     parameters = draw_parameters(losses)
-    curvature = losses.find_curvature(parameters)
+    curvature = losses.find_curvature(losses.locate(parameters))
     for model, one in enumerate(parameters):
         shape = one.shape
         hessian = torch.autograd.functional.hessian(
@@ -319,12 +319,72 @@ def test_the_curvature_is_the_diagonal_of_the_hessian(n_classes: int) -> None:
         torch.testing.assert_close(curvature[model].flatten(), hessian.diagonal(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_slopes_and_curvatures_along_a_direction_are_those_of_autograd(n_classes: int) -> None:
+    losses = make_losses(n_classes=n_classes)
+    parameters = draw_parameters(losses)
+    ahead, steps = parameters.roll(1, 0), torch.linspace(0.2, 3, len(parameters), dtype=torch.float64)
+    direction, slopes, curvatures = losses.look_along(losses.locate(parameters), ahead, steps)
+    torch.testing.assert_close(direction.logits, losses.locate(ahead).logits)
+    for model in range(len(parameters)):
+
+        def along(step: torch.Tensor, m: int = model) -> torch.Tensor:
+            return find_loss(losses, m, parameters[m] + step * ahead[m])
+
+        slope = torch.autograd.functional.jacobian(along, steps[model])
+        curvature = torch.autograd.functional.hessian(along, steps[model])
+        assert float(slopes[model]) == pytest.approx(float(slope), rel=1e-9, abs=1e-12)
+        assert float(curvatures[model]) == pytest.approx(float(curvature), rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_a_point_that_was_moved_is_the_one_that_is_located_there(n_classes: int) -> None:
+    losses = make_losses(n_classes=n_classes)
+    parameters, steps = draw_parameters(losses), torch.linspace(0.2, 3, 6, dtype=torch.float64)
+    moved = losses.move(losses.locate(parameters), losses.locate(parameters.roll(1, 0)), steps)
+    expected = losses.locate(parameters + steps[:, None, None] * parameters.roll(1, 0))
+    torch.testing.assert_close(moved.parameters, expected.parameters)
+    torch.testing.assert_close(moved.logits, expected.logits)
+
+
+def test_directions_are_those_of_the_two_loops() -> None:
+    rng = torch.Generator().manual_seed(0)
+    slopes = torch.randn(3, 7, generator=rng, dtype=torch.float64)
+    memory = descent._Memory(slopes, torch.float64)
+    pairs: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in range(3)]
+    half = torch.randn(7, 7, generator=rng, dtype=torch.float64)
+    for i in range(descent.REMEMBERED + 4):
+        steps = torch.randn(3, 7, generator=rng, dtype=torch.float64)
+        changes = steps @ (half @ half.T + torch.eye(7, dtype=torch.float64))
+        accepted = torch.tensor([True, i % 3 != 0, False])
+        memory.add(steps, changes, accepted)
+        for model in accepted.nonzero()[:, 0].tolist():
+            pairs[model].append((i, steps[model], changes[model]))
+        for model, found in enumerate(memory.find_directions(slopes)):
+            remembered = [pair[1:] for pair in pairs[model] if pair[0] > i - descent.REMEMBERED]
+            torch.testing.assert_close(found, -find_by_two_loops(slopes[model], remembered), rtol=1e-8, atol=1e-10)
+
+
+def find_by_two_loops(slope: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Algorithm 7.4 of J. Nocedal and S. J. Wright, Numerical Optimization, 2nd edition 2006."""
+    q, alphas = slope.clone(), []
+    for step, change in reversed(pairs):
+        alphas.append((step @ q) / (step @ change))
+        q -= alphas[-1] * change
+    if pairs:
+        q *= (pairs[-1][0] @ pairs[-1][1]) / (pairs[-1][1] @ pairs[-1][1])
+    for (step, change), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += (alpha - (change @ q) / (step @ change)) * step
+    return q
+
+
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_the_start_is_the_best_that_no_feature_gives(n_classes: int) -> None:
     losses = make_losses(n_classes=n_classes)
     start = start_at_priors(losses)
     assert not start[..., :-1].any()
-    assert losses.evaluate(start)[1][..., -1].abs().max() < 1e-12
+    assert losses.evaluate(losses.locate(start))[1][..., -1].abs().max() < 1e-12
 
 
 def run(losses: Losses, *, tolerance: float = 1e-9, decrease: float = 0.0) -> descent.Minima:
@@ -365,6 +425,14 @@ def test_rows_that_count_nothing_are_as_if_they_were_left_out(n_classes: int) ->
         torch.testing.assert_close(mine, centre_bias(run(fewer).parameters), rtol=0, atol=1e-5)
 
 
+def work_at(losses: Losses, parameters: torch.Tensor) -> list[torch.Tensor]:
+    """Everything that is asked of losses at parameters and in a direction from there."""
+    point, steps = losses.locate(parameters), torch.linspace(0.1, 0.9, len(parameters), dtype=torch.float64)
+    direction, slopes, curvatures = losses.look_along(point, parameters.flip(0), steps)
+    ahead = losses.move(point, direction, steps)
+    return [*losses.evaluate(point), losses.find_curvature(point), slopes, curvatures, *losses.evaluate(ahead)]
+
+
 @pytest.mark.parametrize("n", [2, 5, 90])
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_rows_that_are_shared_out_among_threads_sum_to_the_same(n_classes: int, n: int) -> None:
@@ -373,11 +441,9 @@ def test_rows_that_are_shared_out_among_threads_sum_to_the_same(n_classes: int, 
     parameters = draw_parameters(losses)
     with ThreadPoolExecutor(3) as pool:
         shared = replace(losses, threads=Threads(3, pool))
-        for found, expected in zip(shared.evaluate(parameters), losses.evaluate(parameters), strict=True):
+        torch.testing.assert_close(shared.locate(parameters).logits, losses.locate(parameters).logits)
+        for found, expected in zip(work_at(shared, parameters), work_at(losses, parameters), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(
-            shared.find_curvature(parameters), losses.find_curvature(parameters), rtol=1e-12, atol=1e-14
-        )
 
 
 def test_a_search_among_threads_is_the_same_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,9 +466,20 @@ def test_a_search_among_threads_is_the_same_search(monkeypatch: pytest.MonkeyPat
 def test_values_and_gradients_told_are_those_where_the_search_ended() -> None:
     losses = make_losses()
     for found in (run(losses, tolerance=1e-3), run(losses, tolerance=0, decrease=1e-3)):
-        values, gradients = losses.evaluate(found.parameters)
+        values, gradients = losses.evaluate(losses.locate(found.parameters))
         torch.testing.assert_close(found.values, values, rtol=1e-12, atol=0)
         torch.testing.assert_close(found.gradients, gradients.abs().amax(dim=(1, 2)), rtol=1e-6, atol=1e-12)
+
+
+def test_the_gradient_that_ends_a_search_is_that_of_logits_found_anew() -> None:
+    losses = make_losses(dtype=torch.float32)
+    found = run(losses, tolerance=1e-5)
+    assert (found.evaluations < descent.MAX_EVALUATIONS).all()
+    for model in range(len(found.parameters)):  # one by one, as rounding depends on how many are found together
+        alone = losses.select(torch.tensor([model]))
+        end = run(alone, tolerance=1e-5)
+        _, gradients = alone.evaluate(alone.locate(end.parameters))
+        assert end.gradients[0] == gradients.abs().max() <= 1e-5
 
 
 def test_a_looser_end_comes_sooner_and_is_never_better() -> None:
@@ -410,7 +487,7 @@ def test_a_looser_end_comes_sooner_and_is_never_better() -> None:
     loose, tight = run(losses, tolerance=0, decrease=1e-2), run(losses)
     assert (loose.evaluations < tight.evaluations).all()
     assert (loose.values >= tight.values).all()
-    assert (loose.values < losses.evaluate(start_at_priors(losses))[0]).all()
+    assert (loose.values < losses.evaluate(losses.locate(start_at_priors(losses)))[0]).all()
 
 
 def test_one_small_step_is_not_the_end_and_two_in_succession_are() -> None:
@@ -431,7 +508,7 @@ def test_a_search_without_evaluations_left_gives_what_it_has(monkeypatch: pytest
     found = run(losses)
     assert (found.evaluations == 4).all()
     assert (found.gradients > 1e-9).all()
-    assert (found.values < losses.evaluate(start_at_priors(losses))[0]).all()
+    assert (found.values < losses.evaluate(losses.locate(start_at_priors(losses)))[0]).all()
 
 
 def test_a_bad_unit_of_the_parameters_costs_steps_and_not_the_optimum() -> None:

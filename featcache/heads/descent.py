@@ -5,11 +5,15 @@ features. For model m with weights W (K, R) and bias b (K,):
 
     sum_i r_mi cross_entropy(W x_i + b, y_i) + penalty_m |W|^2 / 2,      sum_i r_mi = 1
 
-with one weight vector and the logistic loss where there are two classes (K = 1).
+with one weight vector and the logistic loss where there are two classes (K = 1). Logits are linear in the parameters:
+those along a direction cost one product with the features, after which the loss at any length of the step is known
+without another. So every step is as long as Newton's method in one dimension makes it.
 
 Source: D. C. Liu and J. Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical
-Programming 45 (1989); its directions are found from inner products alone, as in W. Chen, Z. Wang and J. Zhou,
-Large-scale L-BFGS using MapReduce, NIPS 2014, so that a step costs two passes over what it remembers.
+Programming 45 (1989), with the directions of R. H. Byrd, J. Nocedal and R. B. Schnabel, Representations of quasi-Newton
+matrices and their use in limited memory methods, Mathematical Programming 63 (1994); the steps as in G.-X. Yuan,
+C.-H. Ho and C.-J. Lin, An improved GLMNET for L1-regularized logistic regression, JMLR 13 (2012), section 4, who keep
+the logits of the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +35,40 @@ MAX_EVALUATIONS = 1000
 SUFFICIENT = 1e-4  # share of the promised decrease that a step must bring
 NOISE = {torch.float32: 1e-7, torch.float64: 1e-13}  # of a loss, relative: what rounding may add to it
 SHORTEST_STEP = 1e-6
+LONGEST_STEP = 4.0  # of the usual one
+RELOCATED_EVERY = 32  # evaluations
 RESCALED_AT = 8  # evaluations: measured on real features, a third to a half of the steps are saved
 MAX_RESCALING = 10  # of a unit: where a trial point is far too sure of its classes there is next to no curvature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where M models are, or directions in which they may go: what is linear in the parameters.
+
+    Attributes
+    ----------
+    parameters
+        (M, K, R + 1) float64, weights and the bias last.
+    logits
+        (M, K, N) in the features' precision, that they give the rows.
+    """
+
+    parameters: Tensor
+    logits: Tensor
+
+    def select(self, models: Tensor) -> Point:
+        """Only these models."""
+        return Point(parameters=self.parameters[models], logits=self.logits[models])
+
+    def replace(self, models: Tensor, other: Point) -> Point:
+        """The other point for these models, a mask (M,)."""
+        if models.all():
+            return other
+        chosen = models[:, None, None]
+        return Point(
+            parameters=torch.where(chosen, other.parameters, self.parameters),
+            logits=torch.where(chosen, other.logits, self.logits),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,55 +110,108 @@ class Losses:
         """Only these of the losses."""
         return replace(self, penalties=self.penalties[models], which=self.which[models])
 
-    def evaluate(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Values (M,) and gradients (M, K, R + 1) at parameters (M, K, R + 1), weights and the bias last, float64."""
+    def locate(self, parameters: Tensor) -> Point:
+        """The point at parameters (M, K, R + 1), weights and the bias last, float64."""
         n_models, n_outputs, width = parameters.shape
-        weight, bias = self._split(parameters)
+        logits, project = self._make_logits(n_models, n_outputs), self._make_projection(parameters)
+        if not parameters[..., :-1].any():
+            return Point(parameters=parameters, logits=logits.copy_(parameters[..., -1:]))
+
+        def fill(first: int, last: int) -> tuple[()]:
+            for block in self._cut_blocks(first, last, n_models * n_outputs + width):
+                logits[..., block] = project(block)
+            return ()
+
+        self._share(fill)
+        return Point(parameters=parameters, logits=logits)
+
+    def move(self, point: Point, direction: Point, steps: Tensor) -> Point:
+        """The point that is as many steps (M,) away in a direction."""
+        by, logits = steps[:, None, None], torch.empty_like(point.logits)
+        low = by.to(logits.dtype)
+
+        def fill(first: int, last: int) -> tuple[()]:
+            rows = slice(first, last)
+            torch.addcmul(point.logits[..., rows], low, direction.logits[..., rows], out=logits[..., rows])
+            return ()
+
+        self._share(fill)
+        return Point(parameters=torch.addcmul(point.parameters, by, direction.parameters), logits=logits)
+
+    def look_along(self, point: Point, ahead: Tensor, steps: Tensor) -> tuple[Point, Tensor, Tensor]:
+        """What a direction (M, K, R + 1) is, and slopes and curvatures (M,) along it as many steps (M,) away."""
+        n_models, n_outputs, width = ahead.shape
+        direction = Point(parameters=ahead, logits=self._make_logits(n_models, n_outputs))
+        project, low = self._make_projection(ahead), steps.to(self.features.dtype)[:, None, None]
 
         def add_up(first: int, last: int) -> tuple[Tensor, Tensor]:
-            values = torch.zeros(n_models, dtype=torch.float64, device=parameters.device)
-            gradients = torch.zeros(n_models * n_outputs, width, dtype=torch.float64, device=parameters.device)
+            slopes, curvatures = self._make_sums(n_models), self._make_sums(n_models)
             for block in self._cut_blocks(first, last, n_models * n_outputs + width):
-                rows, counts = self.features[block], self.weights[:, block][self.which]  # (n, R), (M, n)
-                logits = torch.addmm(bias, weight, rows.T)  # (M K, n)
-                losses, residuals = compare_with_labels(logits, self.labels[block], n_models)
+                along, counts = project(block), self.weights[:, block][self.which]
+                direction.logits[..., block] = along
+                logits = torch.addcmul(point.logits[..., block], low, along)
+                slope, curvature = differentiate(logits, along, self.labels[block])
+                slopes += slope.mul_(counts).sum(dim=1, dtype=torch.float64)
+                curvatures += curvature.mul_(counts).sum(dim=1, dtype=torch.float64)
+            return slopes, curvatures
+
+        slopes, curvatures = self._share(add_up)
+        here, there = point.parameters[..., :-1], ahead[..., :-1]
+        squares = there.square().sum(dim=(1, 2))
+        slopes += self.penalties * ((here * there).sum(dim=(1, 2)) + steps * squares)
+        return direction, slopes, curvatures + self.penalties * squares
+
+    def evaluate(self, point: Point) -> tuple[Tensor, Tensor]:
+        """Values (M,) and gradients (M, K, R + 1), float64."""
+        n_models, n_outputs, width = point.parameters.shape
+
+        def add_up(first: int, last: int) -> tuple[Tensor, Tensor]:
+            values, gradients = self._make_sums(n_models), self._make_sums(n_models * n_outputs, width)
+            for block in self._cut_blocks(first, last, n_models * n_outputs + width):
+                counts = self.weights[:, block][self.which]  # (M, n)
+                losses, residuals = compare_with_labels(point.logits[..., block], self.labels[block])
                 values += losses.mul_(counts).sum(dim=1, dtype=torch.float64)
-                residuals.view(n_models, n_outputs, -1).mul_(counts[:, None])
-                gradients[:, :-1] += residuals @ rows
-                gradients[:, -1] += residuals.sum(dim=1, dtype=torch.float64)
+                flat = residuals.mul_(counts[:, None]).flatten(0, 1)
+                gradients[:, :-1] += flat @ self.features[block]
+                gradients[:, -1] += flat.sum(dim=1, dtype=torch.float64)
             return values, gradients
 
         values, gradients = self._share(add_up)
-        exact = parameters[..., :-1]
-        gradients = gradients.view(parameters.shape)
+        gradients = gradients.view(point.parameters.shape)
+        exact = point.parameters[..., :-1]
         gradients[..., :-1] += self.penalties[:, None, None] * exact
         return values + self.penalties * exact.square().sum(dim=(1, 2)) / 2, gradients
 
-    def find_curvature(self, parameters: Tensor) -> Tensor:
-        """The diagonal of the Hessian (M, K, R + 1) at parameters (M, K, R + 1), float64."""
-        n_models, n_outputs, width = parameters.shape
-        weight, bias = self._split(parameters)
+    def find_curvature(self, point: Point) -> Tensor:
+        """The diagonal of the Hessian (M, K, R + 1), float64."""
+        n_models, n_outputs, width = point.parameters.shape
 
         def add_up(first: int, last: int) -> tuple[Tensor]:
-            curvature = torch.zeros(n_models * n_outputs, width, dtype=torch.float64, device=parameters.device)
+            curvature = self._make_sums(n_models * n_outputs, width)
             for block in self._cut_blocks(first, last, n_models * n_outputs + width):
                 rows, counts = self.features[block], self.weights[:, block][self.which]
-                logits = torch.addmm(bias, weight, rows.T).view(n_models, n_outputs, -1)
-                shares = torch.sigmoid(logits) if n_outputs == 1 else torch.softmax(logits, dim=1)
-                weights = (shares * (1 - shares) * counts[:, None]).view(n_models * n_outputs, -1)
+                shares = find_shares(point.logits[..., block])
+                weights = (shares * (1 - shares) * counts[:, None]).flatten(0, 1)
                 curvature[:, :-1] += weights @ rows.square()
                 curvature[:, -1] += weights.sum(dim=1, dtype=torch.float64)
             return (curvature,)
 
         (curvature,) = self._share(add_up)
-        curvature = curvature.view(parameters.shape)
+        curvature = curvature.view(point.parameters.shape)
         curvature[..., :-1] += self.penalties[:, None, None]
         return curvature
 
-    def _split(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (M K, R) and biases (M K, 1) in the features' precision."""
+    def _make_projection(self, parameters: Tensor) -> Callable[[slice], Tensor]:
+        """What gives the logits (M, K, n) of a block of rows."""
         low = parameters.flatten(0, 1).to(self.features.dtype)
-        return low[:, :-1].contiguous(), low[:, -1:]
+        weight, bias = low[:, :-1].contiguous(), low[:, -1:]
+        return lambda block: torch.addmm(bias, weight, self.features[block].T).view(*parameters.shape[:2], -1)
+
+    def _make_logits(self, n_models: int, n_outputs: int) -> Tensor:
+        return self.features.new_empty(n_models, n_outputs, len(self.features))
+
+    def _make_sums(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.features.device)
 
     def _share(self, work: Callable[[int, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The sums of what `work` gives for all rows."""
@@ -163,19 +251,34 @@ def share_classes(losses: Losses) -> Tensor:
     return shares[losses.which][:, -losses.n_outputs :]
 
 
-def compare_with_labels(logits: Tensor, labels: Tensor, n_models: int) -> tuple[Tensor, Tensor]:
-    """Cross entropies (M, n) and probabilities minus targets (M K, n), from logits (M K, n) that are used up."""
-    n = len(labels)
-    if len(logits) == n_models:  # two classes, one output
+def find_shares(logits: Tensor) -> Tensor:
+    """Probabilities (M, K, n) of logits (M, K, n); of two classes the second one's."""
+    return torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
+
+
+def compare_with_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropies (M, n), and probabilities minus targets (M, K, n), of logits (M, K, n)."""
+    n_models, n_outputs, n = logits.shape
+    if n_outputs == 1:
         targets = labels.to(logits.dtype)
-        return F.softplus(logits) - targets * logits, torch.sigmoid(logits) - targets
-    logits = logits.view(n_models, -1, n)
-    columns = torch.arange(n, device=labels.device)
-    own, largest = logits[:, labels, columns], logits.amax(dim=1)
-    probabilities = torch.softmax(logits, dim=1)
-    losses = largest - probabilities.amax(dim=1).log() - own  # the largest probability never underflows, one's own may
-    probabilities[:, labels, columns] -= 1
-    return losses, probabilities.view(-1, n)
+        return (F.softplus(logits) - targets * logits)[:, 0], torch.sigmoid(logits) - targets
+    own = labels.expand(n_models, 1, n)
+    logs = torch.log_softmax(logits, dim=1)
+    losses = -logs.gather(1, own)[:, 0]
+    residuals = logs.exp_()
+    return losses, residuals.scatter_add_(1, own, residuals.new_tensor(-1.0).expand(n_models, 1, n))
+
+
+def differentiate(logits: Tensor, along: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivatives (M, n) of cross entropies at logits (M, K, n) in a direction `along` (M, K, n)."""
+    n_models, n_outputs, n = logits.shape
+    shares = find_shares(logits)
+    if n_outputs == 1:
+        slopes, curvatures = (shares - labels.to(logits.dtype)) * along, shares * (1 - shares) * along.square()
+        return slopes[:, 0], curvatures[:, 0]
+    weighted = shares.mul_(along)
+    mean, own = weighted.sum(dim=1), along.gather(1, labels.expand(n_models, 1, n))[:, 0]
+    return mean - own, weighted.mul_(along).sum(dim=1).sub_(mean.square())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,14 +342,14 @@ def _descend(search: _Search, start: Tensor, tolerance: float, decrease: float) 
         evaluations=torch.zeros(n_models, dtype=torch.int64, device=device),
     )
     active = torch.arange(n_models, device=device)
-    done = search.gradients <= tolerance
+    done = search.steepest <= tolerance
     for evaluations in range(1, MAX_EVALUATIONS + 1):
         if evaluations == MAX_EVALUATIONS:
             done = torch.ones_like(done)
         if done.any():
             models = active[done]
-            found.parameters[models] = search.parameters()[done]
-            found.values[models], found.gradients[models] = search.values[done], search.gradients[done]
+            found.parameters[models] = search.point.parameters[done]
+            found.values[models], found.gradients[models] = search.values[done], search.steepest[done]
             found.evaluations[models] = evaluations
             active = active[~done]
             if not len(active):
@@ -255,69 +358,76 @@ def _descend(search: _Search, start: Tensor, tolerance: float, decrease: float) 
         if evaluations == RESCALED_AT:
             search.rescale()
         search.step()
-        done = (search.gradients <= tolerance) | (search.slow(decrease) >= 2) | (search.steps < SHORTEST_STEP)
+        if evaluations % RELOCATED_EVERY == 0 or (tolerance > 0 and (search.steepest <= tolerance).any()):
+            search.relocate()
+        done = (search.steepest <= tolerance) | (search.slow(decrease) >= 2) | (search.steps < SHORTEST_STEP)
     return found
 
 
 class _Search:
-    """The state of M searches, in scaled parameters u (M, P)."""
+    """The state of M searches; directions (M, P) are in units of the scale (M, K, R + 1)."""
 
     def __init__(self, losses: Losses, start: Tensor, scale: Tensor) -> None:
-        self.losses, self.scale, self.shape = losses, scale, start.shape[1:]
-        self.at = (start / scale).flatten(1)
-        self.values, self.slopes = self._evaluate(self.at)
-        self.gradients = self._find_largest(self.slopes)
+        self.losses, self.scale = losses, scale
+        self.point = losses.locate(start)
+        self.values, self.gradients = losses.evaluate(self.point)
+        self.slopes = self._find_slopes(self.gradients)
         self.directions = -self.slopes
-        self.steps = torch.ones_like(self.values)
-        self.memory = _Memory(self.at, losses.features.dtype)
+        self.steps = torch.zeros_like(self.values)  # where each looks first when it chooses the length of its step
+        self.reach = torch.full_like(self.values, math.inf)  # the longest step that each may take
+        self.memory = _Memory(self.directions, losses.features.dtype)
         self.noise = NOISE[losses.features.dtype]
         self._decreases = torch.ones_like(self.values)
         self._slow = torch.zeros_like(self.values, dtype=torch.int64)
 
-    def parameters(self) -> Tensor:
-        """(M, K, R + 1)."""
-        return self.at.view(-1, *self.shape) * self.scale
+    @property
+    def steepest(self) -> Tensor:
+        """The largest entry of each gradient, (M,)."""
+        return self.gradients.abs().amax(dim=(1, 2))
 
     def keep(self, models: Tensor) -> None:
         """Go on with these only, a mask (M,)."""
-        self.losses, self.scale = self.losses.select(models), self.scale[models]
-        for name in ("at", "values", "slopes", "gradients", "directions", "steps", "_decreases", "_slow"):
+        self.losses, self.point, self.scale = self.losses.select(models), self.point.select(models), self.scale[models]
+        for name in ("values", "gradients", "slopes", "directions", "steps", "reach", "_decreases", "_slow"):
             setattr(self, name, getattr(self, name)[models])
         self.memory.keep(models)
 
+    def relocate(self) -> None:
+        """Find the logits anew: those that were added up along the way are off by what rounding left."""
+        self.point = self.losses.locate(self.point.parameters)
+        self.values, self.gradients = self.losses.evaluate(self.point)
+        self.slopes = self._find_slopes(self.gradients)
+
     def rescale(self) -> None:
         """Measure everything anew in units of the curvature that there is now."""
-        parameters = self.parameters()
-        curvature = self.losses.find_curvature(parameters)
-        scale = torch.minimum(curvature.rsqrt(), MAX_RESCALING * self.scale)
-        ratio = (scale / self.scale).flatten(1)  # of the new unit to the old one
-        self.memory.rescale(ratio)
-        self.scale, self.at, self.slopes = scale, self.at / ratio, self.slopes * ratio
-        self.directions = self.memory.find_directions(self.slopes)
-        self.steps = torch.ones_like(self.steps)
+        scale = torch.minimum(self.losses.find_curvature(self.point).rsqrt(), MAX_RESCALING * self.scale)
+        self.memory.rescale((scale / self.scale).flatten(1))
+        self.scale = scale
+        self.slopes = self._find_slopes(self.gradients)
+        self._turn(torch.ones_like(self.steps, dtype=torch.bool))
 
     def step(self) -> None:
         """One evaluation: accept the trial point and choose a direction, or shorten the step."""
-        trial = self.at + self.steps[:, None] * self.directions
-        values, slopes = self._evaluate(trial)
         before = (self.directions * self.slopes).sum(dim=1)
-        promised = self.steps * before  # below 0
+        steps, direction = self._choose_steps(before)
+        trial = self.losses.move(self.point, direction, steps)
+        values, gradients = self.losses.evaluate(trial)
+        slopes = self._find_slopes(gradients)
+        promised = steps * before  # below 0
         flat = (values <= self.values + self.noise * self.values.abs()) & (
             (self.directions * slopes).sum(dim=1).abs() <= before.abs()
         )
         accepted = (values <= self.values + SUFFICIENT * promised) | flat
-        chosen = accepted[:, None]
-        self.memory.add(
-            torch.where(chosen, trial - self.at, 0.0), torch.where(chosen, slopes - self.slopes, 0.0), accepted
-        )
-        too_far = (-promised * self.steps / (2 * (values - self.values - promised).clamp_min(1e-300))).nan_to_num(0.0)
-        shorter = torch.maximum(torch.minimum(too_far, self.steps / 2), self.steps / 10)  # a parabola's minimum
+        self.memory.add(steps[:, None] * self.directions, slopes - self.slopes, accepted)
+        too_far = (-promised * steps / (2 * (values - self.values - promised).clamp_min(1e-300))).nan_to_num(0.0)
+        shorter = torch.maximum(torch.minimum(too_far, steps / 2), steps / 10)  # a parabola's minimum
         self._decreases = torch.where(accepted, (self.values - values) / self.values.abs(), math.inf)
-        self.at, self.slopes = torch.where(chosen, trial, self.at), torch.where(chosen, slopes, self.slopes)
+        self.steps, self.reach = shorter, shorter
+        self.point = self.point.replace(accepted, trial)
         self.values = torch.where(accepted, values, self.values)
-        self.directions = torch.where(chosen, self.memory.find_directions(self.slopes), self.directions)
-        self.steps = torch.where(accepted, 1.0, shorter)
-        self.gradients = self._find_largest(self.slopes)
+        self.gradients = torch.where(accepted[:, None, None], gradients, self.gradients)
+        self.slopes = torch.where(accepted[:, None], slopes, self.slopes)
+        self._turn(accepted)
 
     def slow(self, decrease: float) -> Tensor:
         """How many steps in succession decreased each loss by less than this share, (M,)."""
@@ -326,12 +436,24 @@ class _Search:
         self._slow = torch.where(small, self._slow + 1, torch.where(waiting, self._slow, 0))
         return self._slow if decrease else torch.zeros_like(self._slow)
 
-    def _evaluate(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        values, gradients = self.losses.evaluate(at.view(-1, *self.shape) * self.scale)
-        return values, (gradients * self.scale).flatten(1)
+    def _choose_steps(self, before: Tensor) -> tuple[Tensor, Point]:
+        """Newton's step from where each looks first, and what it goes along; before (M,), the slope here."""
+        ahead = self.directions.view_as(self.scale) * self.scale
+        direction, slope, curvature = self.losses.look_along(self.point, ahead, self.steps)
+        newton = self.steps - slope / curvature.clamp_min(1e-300)
+        secant = self.steps * before / (before - slope)  # between 0 and there, if the loss rises there
+        newton = torch.where(slope > 0, torch.maximum(newton, secant / 2), newton)
+        return torch.minimum(newton, self.reach), direction
 
-    def _find_largest(self, slopes: Tensor) -> Tensor:
-        return (slopes.view(-1, *self.shape) / self.scale).abs().amax(dim=(1, 2))
+    def _turn(self, models: Tensor) -> None:
+        """Choose new directions for these models, a mask (M,)."""
+        self.directions = torch.where(models[:, None], self.memory.find_directions(self.slopes), self.directions)
+        self.steps = torch.where(models, 1.0, self.steps)
+        self.reach = torch.where(models, LONGEST_STEP, self.reach)
+
+    def _find_slopes(self, gradients: Tensor) -> Tensor:
+        """Gradients (M, P) in units of the scale."""
+        return (gradients * self.scale).flatten(1)
 
 
 class _Memory:
@@ -341,14 +463,13 @@ class _Memory:
         (n_models, size), h = like.shape, REMEMBERED
         self._vectors = torch.zeros(n_models, 2 * h, size, dtype=dtype, device=like.device)  # steps, then changes
         self._products = torch.zeros(n_models, 2 * h, 2 * h, dtype=torch.float64, device=like.device)
-        self._inverse = torch.zeros(n_models, h, dtype=torch.float64, device=like.device)  # 1 / (step . change)
         self._unit = torch.ones(n_models, dtype=torch.float64, device=like.device)
         self._order: list[int] = []  # places of the pairs, the oldest first
 
     def keep(self, models: Tensor) -> None:
         """Forget all searches but these, a mask (M,)."""
         self._vectors, self._products = self._vectors[models], self._products[models]
-        self._inverse, self._unit = self._inverse[models], self._unit[models]
+        self._unit = self._unit[models]
 
     def rescale(self, ratio: Tensor) -> None:
         """Take all steps and changes in new units, (M, P) of the old ones."""
@@ -360,43 +481,41 @@ class _Memory:
         if self._order:
             last = self._order[-1]
             along, changes = self._products[:, last, h + last], self._products[:, h + last, h + last]
-            self._unit = torch.where(changes > 0, along / changes.clamp_min(1e-300), 1.0)
+            self._unit = torch.where(changes > 0, along / changes.clamp_min(1e-300), self._unit)
 
     def add(self, steps: Tensor, changes: Tensor, accepted: Tensor) -> None:
         """Take steps (M, P) and changes of the gradients (M, P); nothing of searches that did not move."""
-        along = (steps * changes).sum(dim=1)
+        new = torch.stack([steps, changes], dim=1)  # (M, 2, P)
+        among = new @ new.mT
+        along, squares = among[:, 0, 1], among[:, 1, 1]
         good = accepted & (along > 0)
         if not good.any():
             return
-        h = REMEMBERED
-        place = len(self._order) if len(self._order) < h else self._order.pop(0)
+        place = len(self._order) if len(self._order) < REMEMBERED else self._order.pop(0)
         self._order.append(place)
-        self._vectors[:, place] = torch.where(good[:, None], steps, 0.0).to(self._vectors.dtype)
-        self._vectors[:, h + place] = torch.where(good[:, None], changes, 0.0).to(self._vectors.dtype)
-        new = self._vectors[:, [place, h + place]]
-        products = torch.bmm(self._vectors, new.transpose(1, 2)).double()  # (M, 2h, 2)
-        self._products[:, :, [place, h + place]] = products
-        self._products[:, [place, h + place]] = products.transpose(1, 2)
-        self._inverse[:, place] = torch.where(good, 1 / along, 0.0)
-        self._unit = torch.where(good, along / changes.square().sum(dim=1).clamp_min(1e-300), self._unit)
+        places = torch.tensor([place, REMEMBERED + place], device=steps.device)
+        low = torch.where(good[:, None, None], new, 0.0).to(self._vectors.dtype)
+        self._vectors[:, places] = low
+        products = torch.bmm(self._vectors, low.mT).double()  # (M, 2h, 2)
+        self._products[:, :, places] = products
+        self._products[:, places] = products.mT
+        self._unit = torch.where(good, along / squares.clamp_min(1e-300), self._unit)
 
     def find_directions(self, slopes: Tensor) -> Tensor:
-        """Directions of descent (M, P) from gradients (M, P): the two loops of L-BFGS, on coefficients."""
+        """Directions of descent (M, P) from gradients (M, P); equation 3.1 of Byrd, Nocedal and Schnabel."""
         if not self._order:
             return -slopes
-        h, products, inverse = REMEMBERED, self._products.cpu().numpy(), self._inverse.cpu().numpy()
-        low = slopes.to(self._vectors.dtype)
-        with_slopes = torch.bmm(self._vectors, low[..., None])[..., 0].double().cpu().numpy()  # (M, 2h)
-        unit, coefficients, first = self._unit.cpu().numpy(), np.zeros_like(with_slopes), {}
-        for place in reversed(self._order):
-            along = with_slopes[:, place] + np.einsum("mi,mi->m", products[:, place], coefficients)
-            first[place] = inverse[:, place] * along
-            coefficients[:, h + place] -= first[place]
-        coefficients *= unit[:, None]
-        for place in self._order:
-            change = products[:, h + place]
-            along = unit * with_slopes[:, h + place] + np.einsum("mi,mi->m", change, coefficients)
-            coefficients[:, place] += first[place] - inverse[:, place] * along
-        known = torch.from_numpy(coefficients).to(self._vectors)
-        remembered = torch.bmm(known[:, None], self._vectors)[:, 0]
+        of_steps = torch.tensor(self._order, device=slopes.device)
+        of_changes = of_steps + REMEMBERED
+        low, unit = slopes.to(self._vectors.dtype), self._unit[:, None, None]
+        with_slopes = torch.bmm(self._vectors, low[..., None]).double()  # (M, 2h, 1)
+        between = self._products[:, :, of_changes]
+        along, upper = between[:, of_steps].diagonal(dim1=1, dim2=2)[..., None], between[:, of_steps].triu()
+        upper.diagonal(dim1=1, dim2=2).add_((along == 0)[..., 0])  # where there is no pair
+        first = torch.linalg.solve_triangular(upper, with_slopes[:, of_steps], upper=True)
+        second = along * first + unit * (between[:, of_changes] @ first - with_slopes[:, of_changes])
+        coefficients = torch.zeros_like(with_slopes)
+        coefficients[:, of_steps] = torch.linalg.solve_triangular(upper.mT, second, upper=False)
+        coefficients[:, of_changes] = -unit * first
+        remembered = torch.bmm(coefficients.mT.to(self._vectors.dtype), self._vectors)[:, 0]
         return -(self._unit[:, None] * slopes + remembered)

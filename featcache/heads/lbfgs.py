@@ -10,14 +10,13 @@ from torch import Tensor
 from featcache.config import HeadConfig
 from featcache.heads.descent import minimise, scale_by_curvature, start_at_priors
 from featcache.heads.fitted import FittedHead
-from featcache.heads.logistic import Solution, find_variance, fit_logistic, make_losses
+from featcache.heads.logistic import FEW_NUMBERS, Solution, find_variance, fit_logistic, make_losses
 from featcache.heads.rows import TrainingRows
 from featcache.heads.selection import HeldOut
 from featcache.progress import Progress
 
 TOLERANCE = 1e-6  # largest gradient entry of objective / (C N); scikit-learn's 1e-4 is off by per cents
-SMALL_TOLERANCE = 1e-8  # where it costs nothing
-FEW_NUMBERS = 500_000  # in all: few enough for it
+SMALL_TOLERANCE = 1e-8  # of few numbers: there it costs nothing
 SINGLE_TOLERANCE = 1e-6  # what single precision can reach
 
 

@@ -37,8 +37,10 @@ from featcache.heads.selection import (
 from featcache.progress import Progress
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-SMALL = 4_000_000  # numbers in all, up to which all folds are solved together, and rows kept in double precision
+SMALL = 4_000_000  # numbers in all, up to which all folds are solved together
+FEW_NUMBERS = 500_000  # in all, up to which rows are kept in double precision
 DECREASE = 1e-5  # of the objective in a step, twice in succession, at which a fit ends that only ranks values of C
+VARIANCE_ROWS = 4096  # that are enough to know variances roughly
 STATE_BYTES = 512 << 20  # of the searches that go on at a time
 WORTH_ROTATING = 0.2  # N K models / D^2 from which the axes cost less than the evaluations that they save
 
@@ -143,7 +145,7 @@ def make_problem(rows: TrainingRows, config: HeadConfig, device: str = "cpu") ->
     n_models = 1 if config.C is not None else len(config.grid or GRID) * config.folds
     n = len(rows) * rows.n_views
     rotate = n * rows.n_classes * n_models > WORTH_ROTATING * min(n, rows.dim) ** 2
-    dtype = torch.float64 if rows.size <= SMALL else torch.float32
+    dtype = torch.float64 if rows.size <= FEW_NUMBERS else torch.float32
     coordinates, features = find_axes(rows, config.scaling, rotate=rotate, dtype=dtype)
     return Problem(
         rows=rows,
@@ -157,10 +159,8 @@ def make_problem(rows: TrainingRows, config: HeadConfig, device: str = "cpu") ->
 
 def find_variance(features: Tensor) -> Tensor:
     """(R,) float64, about the mean square of each column of (n, R)."""
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for block in torch.split(features, 4096):
-        total += block.square().sum(dim=0)
-    return total / len(features)
+    some = features[:: max(1, len(features) // VARIANCE_ROWS)]
+    return some.square().mean(dim=0, dtype=torch.float64)
 
 
 def choose_c(
@@ -276,7 +276,7 @@ def fit_path(
     n_models, n_outputs = len(counts) * len(grid), 1 if problem.rows.n_classes == 2 else problem.rows.n_classes
     losses = make_losses(features.float(), labels, problem.rows.n_classes, counts, grid)
     variance = find_variance(features)
-    bytes_each = n_outputs * (features.shape[1] + 1) * (2 * REMEMBERED * 4 + 10 * 8)
+    bytes_each = n_outputs * ((features.shape[1] + 1) * (2 * REMEMBERED * 4 + 10 * 8) + 4 * 4 * len(features))
     parameters = []
     for models in torch.split(torch.arange(n_models), max(1, STATE_BYTES // bytes_each)):
         some = losses.select(models.to(features.device))

@@ -148,11 +148,11 @@ class Descent:
         along = parameters[..., :-1].reshape(-1, width - 1)
         logits = torch.addmm(parameters[..., -1].reshape(-1, 1), along @ self.axes, x.T)  # (M K, B V)
         labels = torch.from_numpy(self.rows.labels)[images].repeat_interleave(n_views)
-        _, residuals = compare_with_labels(logits, labels, n_models)
+        _, residuals = compare_with_labels(logits.view(n_models, n_outputs, -1), labels)
         weights = self.used[:, images] * torch.from_numpy(self.rows.weights)[images]  # (F, B)
         share = (len(self.rows) / len(images) / self.totals)[:, None] * weights / n_views  # a batch stands for all rows
         counts = share.float().repeat_interleave(n_views, dim=1)[self.which]  # (M, B V)
-        residuals.view(n_models, n_outputs, -1).mul_(counts[:, None])
+        residuals = residuals.mul_(counts[:, None]).flatten(0, 1)
         gradient = torch.empty(n_models * n_outputs, width)
         gradient[:, :-1] = (residuals @ x) @ self.axes.T + self.penalties.repeat_interleave(n_outputs)[:, None] * along
         gradient[:, -1] = residuals.sum(dim=1)

@@ -42,7 +42,7 @@ def solve(
     counts = (np.ones(len(labels)) if weights is None else weights)[None]
     losses = make_losses(features.double(), labels, int(labels.max()) + 1, counts, [C])
     found = np.column_stack([model.coef_, model.intercept_])
-    gradient = float(losses.evaluate(torch.from_numpy(found)[None])[1].abs().max())
+    gradient = float(losses.evaluate(losses.locate(torch.from_numpy(found)[None]))[1].abs().max())
     return Solution(
         coefficients=model.coef_.astype(np.float64),
         intercept=model.intercept_.astype(np.float64),

@@ -37,7 +37,8 @@ class Threads:
     def share(self, n_rows: int, work: Callable[[int, int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """The sums of what `work` gives for the rows from a first one to before a last one."""
         bounds = [n_rows * i // self._n for i in range(self._n + 1)]
-        parts = self._pool.map(work, bounds[:-1], bounds[1:])
+        others = self._pool.map(work, bounds[1:-1], bounds[2:])  # begins at once
+        parts = [work(0, bounds[1]), *others]
         return tuple(torch.stack(one).sum(dim=0) for one in zip(*parts, strict=True))
 
 
@@ -48,5 +49,6 @@ def share_rows(rows: Tensor, at_least: int) -> Iterator[Threads | None]:
     if n < 2 or rows.device.type != "cpu":
         yield None
         return
-    with limit_threads(1), ThreadPoolExecutor(n) as pool:
+    # A new thread of ours has as many threads inside as the processor has cores, whatever torch was told elsewhere.
+    with limit_threads(1), ThreadPoolExecutor(n - 1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield Threads(n, pool)
