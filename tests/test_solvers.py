@@ -325,7 +325,8 @@ def test_slopes_and_curvatures_along_a_direction_are_those_of_autograd(n_classes
     losses = make_losses(n_classes=n_classes)
     parameters = draw_parameters(losses)
     ahead, steps = parameters.roll(1, 0), torch.linspace(0.2, 3, len(parameters), dtype=torch.float64)
-    direction, slopes, curvatures = losses.look_along(losses.locate(parameters), ahead, steps)
+    point = losses.locate(parameters)
+    direction, slopes, curvatures = losses.look_along(point, ahead, steps, torch.empty_like(point.logits))
     torch.testing.assert_close(direction.logits, losses.locate(ahead).logits)
     for model in range(len(parameters)):
 
@@ -342,10 +343,13 @@ def test_slopes_and_curvatures_along_a_direction_are_those_of_autograd(n_classes
 def test_a_point_that_was_moved_is_the_one_that_is_located_there(n_classes: int) -> None:
     losses = make_losses(n_classes=n_classes)
     parameters, steps = draw_parameters(losses), torch.linspace(0.2, 3, 6, dtype=torch.float64)
-    moved = losses.move(losses.locate(parameters), losses.locate(parameters.roll(1, 0)), steps)
+    point, direction = losses.locate(parameters), losses.locate(parameters.roll(1, 0))
+    moved, *there = losses.move(point, direction, steps, torch.empty_like(point.logits))
     expected = losses.locate(parameters + steps[:, None, None] * parameters.roll(1, 0))
     torch.testing.assert_close(moved.parameters, expected.parameters)
     torch.testing.assert_close(moved.logits, expected.logits)
+    for found, evaluated in zip(there, losses.evaluate(expected), strict=True):
+        torch.testing.assert_close(found, evaluated)
 
 
 def test_directions_are_those_of_the_two_loops() -> None:
@@ -428,9 +432,9 @@ def test_rows_that_count_nothing_are_as_if_they_were_left_out(n_classes: int) ->
 def work_at(losses: Losses, parameters: torch.Tensor) -> list[torch.Tensor]:
     """Everything that is asked of losses at parameters and in a direction from there."""
     point, steps = losses.locate(parameters), torch.linspace(0.1, 0.9, len(parameters), dtype=torch.float64)
-    direction, slopes, curvatures = losses.look_along(point, parameters.flip(0), steps)
-    ahead = losses.move(point, direction, steps)
-    return [*losses.evaluate(point), losses.find_curvature(point), slopes, curvatures, *losses.evaluate(ahead)]
+    direction, slopes, curvatures = losses.look_along(point, parameters.flip(0), steps, torch.empty_like(point.logits))
+    _, *ahead = losses.move(point, direction, steps, torch.empty_like(point.logits))
+    return [*losses.evaluate(point), losses.find_curvature(point), slopes, curvatures, *ahead]
 
 
 @pytest.mark.parametrize("n", [2, 5, 90])

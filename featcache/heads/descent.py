@@ -60,16 +60,6 @@ class Point:
         """Only these models."""
         return Point(parameters=self.parameters[models], logits=self.logits[models])
 
-    def replace(self, models: Tensor, other: Point) -> Point:
-        """The other point for these models, a mask (M,)."""
-        if models.all():
-            return other
-        chosen = models[:, None, None]
-        return Point(
-            parameters=torch.where(chosen, other.parameters, self.parameters),
-            logits=torch.where(chosen, other.logits, self.logits),
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
@@ -113,9 +103,10 @@ class Losses:
     def locate(self, parameters: Tensor) -> Point:
         """The point at parameters (M, K, R + 1), weights and the bias last, float64."""
         n_models, n_outputs, width = parameters.shape
-        logits, project = self._make_logits(n_models, n_outputs), self._make_projection(parameters)
+        logits = self.features.new_empty(n_models, n_outputs, len(self.features))
         if not parameters[..., :-1].any():
             return Point(parameters=parameters, logits=logits.copy_(parameters[..., -1:]))
+        project = self._make_projection(parameters)
 
         def fill(first: int, last: int) -> tuple[()]:
             for block in self._cut_blocks(first, last, n_models * n_outputs + width):
@@ -125,30 +116,19 @@ class Losses:
         self._share(fill)
         return Point(parameters=parameters, logits=logits)
 
-    def move(self, point: Point, direction: Point, steps: Tensor) -> Point:
-        """The point that is as many steps (M,) away in a direction."""
-        by, logits = steps[:, None, None], torch.empty_like(point.logits)
-        low = by.to(logits.dtype)
+    def look_along(self, point: Point, ahead: Tensor, steps: Tensor, out: Tensor) -> tuple[Point, Tensor, Tensor]:
+        """What a direction (M, K, R + 1) is, and slopes and curvatures (M,) along it as many steps (M,) away.
 
-        def fill(first: int, last: int) -> tuple[()]:
-            rows = slice(first, last)
-            torch.addcmul(point.logits[..., rows], low, direction.logits[..., rows], out=logits[..., rows])
-            return ()
-
-        self._share(fill)
-        return Point(parameters=torch.addcmul(point.parameters, by, direction.parameters), logits=logits)
-
-    def look_along(self, point: Point, ahead: Tensor, steps: Tensor) -> tuple[Point, Tensor, Tensor]:
-        """What a direction (M, K, R + 1) is, and slopes and curvatures (M,) along it as many steps (M,) away."""
+        Its logits (M, K, N) are written to `out`.
+        """
         n_models, n_outputs, width = ahead.shape
-        direction = Point(parameters=ahead, logits=self._make_logits(n_models, n_outputs))
         project, low = self._make_projection(ahead), steps.to(self.features.dtype)[:, None, None]
 
         def add_up(first: int, last: int) -> tuple[Tensor, Tensor]:
             slopes, curvatures = self._make_sums(n_models), self._make_sums(n_models)
             for block in self._cut_blocks(first, last, n_models * n_outputs + width):
                 along, counts = project(block), self.weights[:, block][self.which]
-                direction.logits[..., block] = along
+                out[..., block] = along
                 logits = torch.addcmul(point.logits[..., block], low, along)
                 slope, curvature = differentiate(logits, along, self.labels[block])
                 slopes += slope.mul_(counts).sum(dim=1, dtype=torch.float64)
@@ -159,17 +139,36 @@ class Losses:
         here, there = point.parameters[..., :-1], ahead[..., :-1]
         squares = there.square().sum(dim=(1, 2))
         slopes += self.penalties * ((here * there).sum(dim=(1, 2)) + steps * squares)
-        return direction, slopes, curvatures + self.penalties * squares
+        return Point(parameters=ahead, logits=out), slopes, curvatures + self.penalties * squares
 
     def evaluate(self, point: Point) -> tuple[Tensor, Tensor]:
         """Values (M,) and gradients (M, K, R + 1), float64."""
-        n_models, n_outputs, width = point.parameters.shape
+        return self._sum(point.parameters, lambda block: point.logits[..., block])
+
+    def move(self, point: Point, direction: Point, steps: Tensor, out: Tensor) -> tuple[Point, Tensor, Tensor]:
+        """The point that is as many steps (M,) away in a direction, with its values and gradients.
+
+        Its logits (M, K, N) are written to `out`.
+        """
+        by = steps[:, None, None]
+        low = by.to(out.dtype)
+
+        def fill(block: slice) -> Tensor:
+            rows = out[..., block]
+            return torch.addcmul(point.logits[..., block], low, direction.logits[..., block], out=rows)
+
+        parameters = torch.addcmul(point.parameters, by, direction.parameters)
+        return Point(parameters=parameters, logits=out), *self._sum(parameters, fill)
+
+    def _sum(self, parameters: Tensor, find_logits: Callable[[slice], Tensor]) -> tuple[Tensor, Tensor]:
+        """Values and gradients, from what gives the logits (M, K, n) of a block of rows."""
+        n_models, n_outputs, width = parameters.shape
 
         def add_up(first: int, last: int) -> tuple[Tensor, Tensor]:
             values, gradients = self._make_sums(n_models), self._make_sums(n_models * n_outputs, width)
             for block in self._cut_blocks(first, last, n_models * n_outputs + width):
                 counts = self.weights[:, block][self.which]  # (M, n)
-                losses, residuals = compare_with_labels(point.logits[..., block], self.labels[block])
+                losses, residuals = compare_with_labels(find_logits(block), self.labels[block])
                 values += losses.mul_(counts).sum(dim=1, dtype=torch.float64)
                 flat = residuals.mul_(counts[:, None]).flatten(0, 1)
                 gradients[:, :-1] += flat @ self.features[block]
@@ -177,8 +176,8 @@ class Losses:
             return values, gradients
 
         values, gradients = self._share(add_up)
-        gradients = gradients.view(point.parameters.shape)
-        exact = point.parameters[..., :-1]
+        gradients = gradients.view(parameters.shape)
+        exact = parameters[..., :-1]
         gradients[..., :-1] += self.penalties[:, None, None] * exact
         return values + self.penalties * exact.square().sum(dim=(1, 2)) / 2, gradients
 
@@ -206,9 +205,6 @@ class Losses:
         low = parameters.flatten(0, 1).to(self.features.dtype)
         weight, bias = low[:, :-1].contiguous(), low[:, -1:]
         return lambda block: torch.addmm(bias, weight, self.features[block].T).view(*parameters.shape[:2], -1)
-
-    def _make_logits(self, n_models: int, n_outputs: int) -> Tensor:
-        return self.features.new_empty(n_models, n_outputs, len(self.features))
 
     def _make_sums(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.features.device)
@@ -373,6 +369,7 @@ class _Search:
         self.values, self.gradients = losses.evaluate(self.point)
         self.slopes = self._find_slopes(self.gradients)
         self.directions = -self.slopes
+        self._spare = [torch.empty_like(self.point.logits) for _ in range(2)]  # used again and again: memory costs time
         self.steps = torch.zeros_like(self.values)  # where each looks first when it chooses the length of its step
         self.reach = torch.full_like(self.values, math.inf)  # the longest step that each may take
         self.memory = _Memory(self.directions, losses.features.dtype)
@@ -391,6 +388,7 @@ class _Search:
         for name in ("values", "gradients", "slopes", "directions", "steps", "reach", "_decreases", "_slow"):
             setattr(self, name, getattr(self, name)[models])
         self.memory.keep(models)
+        self._spare = [logits[: len(self.values)] for logits in self._spare]
 
     def relocate(self) -> None:
         """Find the logits anew: those that were added up along the way are off by what rounding left."""
@@ -410,8 +408,7 @@ class _Search:
         """One evaluation: accept the trial point and choose a direction, or shorten the step."""
         before = (self.directions * self.slopes).sum(dim=1)
         steps, direction = self._choose_steps(before)
-        trial = self.losses.move(self.point, direction, steps)
-        values, gradients = self.losses.evaluate(trial)
+        trial, values, gradients = self.losses.move(self.point, direction, steps, self._spare[1])
         slopes = self._find_slopes(gradients)
         promised = steps * before  # below 0
         flat = (values <= self.values + self.noise * self.values.abs()) & (
@@ -423,11 +420,22 @@ class _Search:
         shorter = torch.maximum(torch.minimum(too_far, steps / 2), steps / 10)  # a parabola's minimum
         self._decreases = torch.where(accepted, (self.values - values) / self.values.abs(), math.inf)
         self.steps, self.reach = shorter, shorter
-        self.point = self.point.replace(accepted, trial)
+        self._go_to(trial, accepted)
         self.values = torch.where(accepted, values, self.values)
         self.gradients = torch.where(accepted[:, None, None], gradients, self.gradients)
         self.slopes = torch.where(accepted[:, None], slopes, self.slopes)
         self._turn(accepted)
+
+    def _go_to(self, trial: Point, models: Tensor) -> None:
+        """Take these models to a trial point, a mask (M,)."""
+        if models.all():
+            self.point, self._spare[1] = trial, self.point.logits
+            return
+        chosen, here = models[:, None, None], self.point
+        parameters = torch.where(chosen, trial.parameters, here.parameters)
+        self.point = Point(
+            parameters=parameters, logits=torch.where(chosen, trial.logits, here.logits, out=here.logits)
+        )
 
     def slow(self, decrease: float) -> Tensor:
         """How many steps in succession decreased each loss by less than this share, (M,)."""
@@ -439,7 +447,7 @@ class _Search:
     def _choose_steps(self, before: Tensor) -> tuple[Tensor, Point]:
         """Newton's step from where each looks first, and what it goes along; before (M,), the slope here."""
         ahead = self.directions.view_as(self.scale) * self.scale
-        direction, slope, curvature = self.losses.look_along(self.point, ahead, self.steps)
+        direction, slope, curvature = self.losses.look_along(self.point, ahead, self.steps, self._spare[0])
         newton = self.steps - slope / curvature.clamp_min(1e-300)
         secant = self.steps * before / (before - slope)  # between 0 and there, if the loss rises there
         newton = torch.where(slope > 0, torch.maximum(newton, secant / 2), newton)

@@ -39,7 +39,7 @@ from featcache.progress import Progress
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SMALL = 4_000_000  # numbers in all, up to which all folds are solved together
 FEW_NUMBERS = 500_000  # in all, up to which rows are kept in double precision
-DECREASE = 1e-5  # of the objective in a step, twice in succession, at which a fit ends that only ranks values of C
+DECREASE = 2e-5  # of the objective in a step, twice in succession, at which a fit ends that only ranks values of C
 VARIANCE_ROWS = 4096  # that are enough to know variances roughly
 STATE_BYTES = 512 << 20  # of the searches that go on at a time
 WORTH_ROTATING = 0.2  # N K models / D^2 from which the axes cost less than the evaluations that they save
