@@ -30,6 +30,7 @@ from featcache.heads.threads import Threads, share_rows
 
 REMEMBERED = 10  # steps
 BLOCK_NUMBERS = 1 << 20  # features and logits of the rows that are worked on at a time: they stay in the processor
+GPU_BLOCK_NUMBERS = 1 << 28  # a gibibyte in single precision; starting small works costs more than memory does
 MIN_BLOCK = 1024  # rows
 MAX_EVALUATIONS = 1000
 SUFFICIENT = 1e-4  # share of the promised decrease that a step must bring
@@ -217,7 +218,8 @@ class Losses:
 
     def _cut_blocks(self, first: int, last: int, numbers: int) -> Iterator[slice]:
         """Blocks of the rows from a first one to before a last one; each row stands for so many numbers."""
-        step = max(MIN_BLOCK, BLOCK_NUMBERS // numbers // 256 * 256)  # odd numbers of rows cost a tenth of the time
+        at_once = GPU_BLOCK_NUMBERS if self.features.is_cuda else BLOCK_NUMBERS
+        step = max(MIN_BLOCK, at_once // numbers // 256 * 256)  # odd numbers of rows cost a tenth of the time
         step = last - first if last - first < 2 * step else step
         return (slice(start, min(start + step, last)) for start in range(first, last, max(step, 1)))
 

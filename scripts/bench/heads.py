@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Problem:
     val: NDArray[np.float32]
     val_labels: NDArray[np.int64]
     strength: float
+    device: str = "cpu"
 
     @property
     def n_classes(self) -> int:
@@ -144,8 +145,8 @@ def bench_single(problem: Problem, rounds: int) -> list[str]:
         return model.coef_, model.intercept_
 
     def ours() -> tuple[Any, Any]:
-        config = HeadConfig(C=strength, device="cpu")
-        made = logistic.make_problem(problem.rows, config)
+        config = HeadConfig(C=strength, device=problem.device)
+        made = logistic.make_problem(problem.rows, config, problem.device)
         found = lbfgs.solve(made.features, made.labels, C=strength, tolerance=TOLERANCE)
         weight, bias = made.coordinates.to_raw(found.coefficients, found.intercept)
         return weight * scaler.scale_, bias + weight @ scaler.mean_
@@ -185,8 +186,8 @@ def bench_path(problem: Problem, _: int) -> list[str]:
         return found
 
     def ours() -> list[tuple[Any, Any]]:
-        made = logistic.make_problem(problem.rows, HeadConfig(grid=GRID, device="cpu"))
-        path = logistic.fit_path(made, made.features, made.labels, made.weights[None], GRID)[0].numpy()
+        made = logistic.make_problem(problem.rows, HeadConfig(grid=GRID), problem.device)
+        path = logistic.fit_path(made, made.features, made.labels, made.weights[None], GRID)[0].cpu().numpy()
         raw = [made.coordinates.to_raw(one[:, :-1], one[:, -1]) for one in path]
         return [(weight * scaler.scale_, bias + weight @ scaler.mean_) for weight, bias in raw]
 
@@ -194,7 +195,7 @@ def bench_path(problem: Problem, _: int) -> list[str]:
     if problem.n_classes <= 10:  # of more it would take ten minutes
         works["as far, scikit-learn"] = lambda: usual(TIGHT)
     timed = time_in_turns(works, 1)
-    made = logistic.make_problem(problem.rows, HeadConfig(grid=GRID, device="cpu"))
+    made = logistic.make_problem(problem.rows, HeadConfig(grid=GRID), problem.device)
     losses = logistic.make_losses(made.features.float(), made.labels, made.rows.n_classes, made.weights[None], GRID)
     start, scale = (
         descent.start_at_priors(losses),
@@ -221,8 +222,8 @@ def bench_selection(problem: Problem, _: int) -> list[str]:
             fit_usual(problem)
 
     def ours() -> Any:
-        config = HeadConfig(grid=GRID, device="cpu")
-        made = logistic.make_problem(problem.rows, config)
+        config = HeadConfig(grid=GRID, device=problem.device)
+        made = logistic.make_problem(problem.rows, config, problem.device)
         return logistic.choose_c(made, config, make_folds(problem.labels, 5, 0), None, SILENT)
 
     timed = time_in_turns({"scikit-learn, 5 fits": usual, "featcache, 10 x 5": ours}, 1)
@@ -279,7 +280,7 @@ def bench_solvers(problem: Problem, _: int) -> list[str]:
         return []
     lines = ["  solver    chosen                      right       95 % interval    log loss  ECE     seconds"]
     for solver in ("lbfgs", "sklearn", "ridge", "sgd", "knn"):
-        config = HeadConfig(solver=solver, device="cpu", calibrate=True)
+        config = HeadConfig(solver=solver, device=problem.device, calibrate=True)
         seconds, fitted = time_in_turns({"": lambda config=config: fit_head(  # type: ignore[misc]
             problem.train, problem.labels, problem.n_classes, config)}, 1)[""]  # fmt: skip
         probabilities = to_probabilities(fitted.head.logits(problem.val))
@@ -432,6 +433,7 @@ def command_million(path: Path) -> list[str]:
 @click.option("--rounds", default=3, help="Of the short ones.")
 @click.option("--rows", default=1_000_000, help="Streamed.")
 @click.option("--dim", default=512, help="Of the rows that are streamed.")
+@click.option("--device", default="cpu", help="Of featcache's lbfgs.")
 @click.option("--stream", "stream_path", type=click.Path(path_type=Path), hidden=True)
 @click.option("--what", hidden=True)
 def main(
@@ -440,6 +442,7 @@ def main(
     rounds: int,
     rows: int,
     dim: int,
+    device: str,
     stream_path: Path | None,
     what: str | None,
 ) -> None:
@@ -461,8 +464,8 @@ def main(
     problems: list[Callable[[], Problem]] = [lambda: make_synthetic(10, 3.0), lambda: make_synthetic(100, 4.0)]
     problems += [lambda path=path: read_problem(path) for path in features]  # type: ignore[misc]
     for make in problems if set(only or SECTIONS) - {"stream"} else []:
-        problem = make()
-        print(f"{problem.name}, C = {problem.strength}, {torch.get_num_threads()} threads")
+        problem = replace(make(), device=device)
+        print(f"{problem.name}, C = {problem.strength}, {torch.get_num_threads()} threads, lbfgs on {device}")
         for name, work in works.items():
             if name in (only or SECTIONS) and (lines := work(problem, rounds)):
                 print(f" {name}", *lines, sep="\n", flush=True)
