@@ -39,7 +39,8 @@ from featcache.progress import Progress
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 SMALL = 4_000_000  # numbers in all, up to which all folds are solved together
 FEW_NUMBERS = 500_000  # in all, up to which rows are kept in double precision
-DECREASE = 2e-5  # of the objective in a step, twice in succession, at which a fit ends that only ranks values of C
+DECREASE = 2e-5  # of the objective in a step, twice in succession, at which a path ends: within 1e-4 of the optimum
+FOLD_DECREASE = 5e-5  # at which it ends where it only ranks values of C, whose log losses differ by far more
 VARIANCE_ROWS = 4096  # that are enough to know variances roughly
 STATE_BYTES = 512 << 20  # of the searches that go on at a time
 WORTH_ROTATING = 0.2  # N K models / D^2 from which the axes cost less than the evaluations that they save
@@ -244,17 +245,24 @@ def fit_folds(problem: Problem, folds: NDArray[np.int64], grid: Sequence[float])
     n_folds = int(folds.max()) + 1
     if problem.rows.size <= SMALL:
         counts = np.where(of_row[None] != np.arange(n_folds)[:, None], problem.weights, 0.0)
-        yield from enumerate(fit_path(problem, problem.features, problem.labels, counts, grid))
+        yield from enumerate(fit_path(problem, problem.features, problem.labels, counts, grid, decrease=FOLD_DECREASE))
         return
     for fold in range(n_folds):
         chosen = np.flatnonzero(of_row != fold)
         features = problem.features[torch.from_numpy(chosen).to(problem.features.device)]
-        path = fit_path(problem, features, problem.labels[chosen], problem.weights[chosen][None], grid)
+        counts = problem.weights[chosen][None]
+        path = fit_path(problem, features, problem.labels[chosen], counts, grid, decrease=FOLD_DECREASE)
         yield fold, path[0]
 
 
 def fit_path(
-    problem: Problem, features: Tensor, labels: NDArray[np.int64], counts: NDArray[np.float64], grid: Sequence[float]
+    problem: Problem,
+    features: Tensor,
+    labels: NDArray[np.int64],
+    counts: NDArray[np.float64],
+    grid: Sequence[float],
+    *,
+    decrease: float = DECREASE,
 ) -> Tensor:
     """Minimise the objective for every C and every way to count the rows, well enough to tell values of C apart.
 
@@ -268,6 +276,8 @@ def fit_path(
         (F, n), what each row counts.
     grid
         G values of C.
+    decrease
+        See `minimise`.
 
     Returns
     -------
@@ -280,7 +290,7 @@ def fit_path(
     parameters = []
     for models in torch.split(torch.arange(n_models), max(1, STATE_BYTES // bytes_each)):
         some = losses.select(models.to(features.device))
-        found = minimise(some, start_at_priors(some), scale_by_curvature(some, variance), decrease=DECREASE)
+        found = minimise(some, start_at_priors(some), scale_by_curvature(some, variance), decrease=decrease)
         parameters.append(found.parameters)
     return torch.cat(parameters).view(len(counts), len(grid), n_outputs, -1)
 
@@ -303,7 +313,8 @@ def make_losses(
 def find_logits(path: Tensor, features: Tensor) -> Iterator[NDArray[np.float64]]:
     """Logits (n, C) of features (n, R) by each of the parameters (G, K, R + 1)."""
     for parameters in path:
-        logits = (features.double() @ parameters[:, :-1].T + parameters[:, -1]).cpu().numpy()
+        low = parameters.to(features.dtype)
+        logits = torch.addmm(low[:, -1], features, low[:, :-1].T).double().cpu().numpy()
         yield np.hstack([-logits, logits]) / 2 if logits.shape[1] == 1 else logits
 
 
