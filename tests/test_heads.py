@@ -636,6 +636,14 @@ class TestOddRows:
         with pytest.raises(DatasetError, match="class 3 of 4 has no training image"):
             fit_head(features, labels, 4, HeadConfig(solver=solver))
 
+    @pytest.mark.parametrize("shift", [-1, 1])
+    @pytest.mark.parametrize("class_weight", [None, "balanced"])
+    def test_a_label_that_is_no_class_is_refused(self, shift: int, class_weight: str | None, solver: str) -> None:
+        features, labels = make_cloud(0)
+        found = f"labels are {shift} to {2 + shift}, expected 0 to 2"
+        with pytest.raises(DatasetError, match=found):
+            fit_head(features, labels + shift, 3, HeadConfig(solver=solver, class_weight=class_weight))
+
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_what_is_no_number_is_refused_with_its_image(self, value: float, solver: str) -> None:
         features, labels = make_cloud(0)
@@ -726,3 +734,13 @@ class TestOddRows:
         if solver != "knn":  # which looks at angles
             near, far = (fit((x, labels), solver, C=0.1).head.logits(x) for x in (features, features + 1000))
             np.testing.assert_allclose(far, near, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("solver", "claim"), [("lbfgs", True), ("sklearn", True), ("ridge", True), ("knn", True), ("sgd", None)]
+)
+def test_only_a_solver_with_a_tolerance_claims_to_have_reached_it(
+    solver: str, claim: bool | None, few_steps: None
+) -> None:
+    features, labels = make_cloud(0)
+    assert fit_head(features, labels, 3, HeadConfig(solver=solver)).converged is claim

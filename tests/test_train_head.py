@@ -126,7 +126,7 @@ def test_a_head_separates_what_is_easy_to_separate(features: Path, tmp_path: Pat
     assert (measured["balanced_accuracy"], measured["brier"] < 0.5, measured["log_loss"] < 0.5) == (1.0, True, True)
     assert record.parameters == {"trainable": 2 * 8 + 2, "total": 2 * 8 + 2}
     assert record.details["solver"] == "lbfgs"
-    assert record.details["converged"]
+    assert record.details["converged"] is True
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "knn"])

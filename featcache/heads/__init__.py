@@ -28,7 +28,7 @@ from featcache.config import HeadConfig
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.fitted import FittedHead, Head, LinearHead
 from featcache.heads.knn import NeighbourHead
-from featcache.heads.rows import Features, TrainingRows, check_rows, weigh_images
+from featcache.heads.rows import Features, TrainingRows, check_labels, check_rows, weigh_images
 from featcache.heads.selection import Candidate, HeldOut, Selection
 from featcache.heads.threads import limit_threads
 from featcache.progress import SILENT, Progress
@@ -97,11 +97,14 @@ def fit_head(
     Raises
     ------
     DatasetError
-        If there is only one class, a class has no image, no feature varies, or one is not a finite number.
+        If there is only one class, a label is no class, a class has no image, no feature varies, or one is not a finite
+        number.
     """
+    labels = np.asarray(labels, np.int64)
+    check_labels(labels, n_classes)
     rows = TrainingRows(
         features=features,
-        labels=np.asarray(labels, np.int64),
+        labels=labels,
         n_classes=n_classes,
         views=views,
         weights=weigh_images(labels, n_classes, config.class_weight),

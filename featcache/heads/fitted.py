@@ -94,7 +94,7 @@ class FittedHead:
     selection
         What it was fitted with, and how that was chosen.
     converged
-        Whether the solver reached its tolerance.
+        Whether the solver reached its tolerance; None of one that takes a given number of steps and has none.
     gradient
         The largest entry of the gradient of objective / (C N) where the solver ended; None of those without one.
     evaluations
@@ -111,7 +111,7 @@ class FittedHead:
 
     head: Head
     selection: Selection
-    converged: bool = True
+    converged: bool | None = True
     gradient: float | None = None
     evaluations: int = 0
     temperature: float | None = None

@@ -124,6 +124,12 @@ def to_unit_length(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows, dim=-1)
 
 
+def check_labels(labels: NDArray[np.int64], n_classes: int) -> None:
+    """Raise a DatasetError if these are not numbers of classes."""
+    if len(labels) and (labels.min() < 0 or labels.max() >= n_classes):
+        raise DatasetError(f"labels are {labels.min()} to {labels.max()}, expected 0 to {n_classes - 1}")
+
+
 def weigh_images(labels: NDArray[np.int64], n_classes: int, class_weight: str | None) -> NDArray[np.float64]:
     """What each of N images counts, 1 on average.
 
@@ -141,7 +147,7 @@ def check_rows(rows: TrainingRows) -> None:
     if rows.n_classes < 2:
         raise DatasetError("a classifier needs at least 2 classes; the training split has 1")
     counts = np.bincount(rows.labels, minlength=rows.n_classes)
-    if len(counts) > rows.n_classes or not counts.all():
+    if not counts.all():
         number = int(np.argmin(counts > 0))
         raise DatasetError(f"class {number} of {rows.n_classes} has no training image; leave it out, or give it some")
     first, varies = None, False

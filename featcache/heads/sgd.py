@@ -65,6 +65,7 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
             parameters[:, :-1].numpy(), parameters[:, -1].numpy(), space.coordinates, unit_length=rows.unit_length
         ),
         selection=selection,
+        converged=None,
         evaluations=descent.n_steps,
         held_out=held_out,
         selection_seconds=selected - started,

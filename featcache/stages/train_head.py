@@ -390,7 +390,7 @@ def list_remarks(learned: Learned, cache: FeatureCache, config: HeadConfig, curv
         remarks.append("the validation split chose the head and is what is reported: its accuracy is optimistic")
     if learned.draws is not None:
         remarks.append(learned.draws.say())
-    if not fitted.converged:
+    if fitted.converged is False:
         remarks.append(
             f"the solver stopped after {fitted.evaluations} evaluations without converging (largest gradient entry "
             f"{fitted.gradient:.1e})"
