@@ -14,7 +14,7 @@ from featcache.errors import SettingsError
 
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 SOLVERS = ("auto", "lbfgs", "sklearn", "ridge", "sgd", "knn")
-SCALINGS = ("standard", "l2", "none")
+SCALINGS = ("auto", "standard", "l2", "none")
 RUNTIMES = ("auto", "eager", "fused", "compile", "openvino", "onnx")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DECODERS = ("pillow", "torch")
@@ -312,7 +312,7 @@ class HeadConfig(Settings):
         Of knn: how many neighbours vote, and how fast a vote fades; None chooses them.
     scaling
         "standard" standardises every feature, "l2" divides every row by its length, "none" leaves the features'
-        proportions.
+        proportions; "auto" standardises too, and below a thousand images pulls variances towards their mean.
     class_weight
         "balanced" lets all classes count the same; None lets all images.
     select_on
@@ -366,7 +366,7 @@ class HeadConfig(Settings):
     grid: tuple[float, ...] | None = None
     k: int | None = None
     temperature: float | None = None
-    scaling: str = "standard"
+    scaling: str = "auto"
     class_weight: str | None = None
     select_on: str = "cv"
     folds: int = 5

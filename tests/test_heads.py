@@ -57,6 +57,7 @@ def count_classes(labels: Array) -> int:
 
 def fit(problem: Problem, solver: str = "lbfgs", **values: Any) -> FittedHead:
     features, labels = problem
+    values = {"scaling": "standard", **values}
     return fit_head(features, labels, count_classes(labels), HeadConfig(solver=solver, **values))
 
 
@@ -744,3 +745,95 @@ def test_only_a_solver_with_a_tolerance_claims_to_have_reached_it(
 ) -> None:
     features, labels = make_cloud(0)
     assert fit_head(features, labels, 3, HeadConfig(solver=solver)).converged is claim
+
+
+# --- where rounding would decide --------------------------------------------------------------------------------------
+
+
+def draw_wide(seed: int, *, n: int, d: int, spread: float, repeat: int = 1) -> tuple[Problem, Problem]:
+    """Training rows, each so many times, and a thousand new ones, of four classes that overlap."""
+    rng = np.random.default_rng(seed)
+    labels, means = np.arange(n + 1000) % 4, rng.normal(size=(4, d)) * spread
+    rows = (means[labels] + rng.normal(size=(len(labels), d))).astype(np.float32)
+    return (np.repeat(rows[:n], repeat, 0), np.repeat(labels[:n], repeat)), (rows[n:], labels[n:])
+
+
+@pytest.mark.parametrize(("repeat", "strength"), [(1, 1e4), (1, 1e10), (100, 10.0), (100, 1e3)])
+def test_axes_that_hold_only_rounding_do_not_spoil_what_is_predicted_of_new_images(
+    repeat: int, strength: float
+) -> None:
+    train, new = draw_wide(1, n=60, d=128, spread=0.15, repeat=repeat)
+    plain, _ = draw_wide(1, n=60, d=128, spread=0.15)
+    scaler = StandardScaler().fit(plain[0].astype(np.float64))
+    reference = LogisticRegression(C=strength * repeat, tol=1e-10, max_iter=3000)
+    reference.fit(scaler.transform(plain[0].astype(np.float64)), plain[1])
+    expected = reference.score(scaler.transform(new[0].astype(np.float64)), new[1])
+    assert find_accuracy(fit(train, C=strength), new) == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_a_class_of_a_few_images_among_many_is_fitted_as_well(n_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros(60_000, np.int64)
+    labels[30_000:] = n_classes - 2
+    labels[:5] = n_classes - 1
+    rng.shuffle(labels)
+    features = (rng.normal(size=(3, 16))[labels] + 1.5 * rng.normal(size=(60_000, 16))).astype(np.float32)
+    fitted = fit((features, labels), C=1.0)
+    x = StandardScaler().fit_transform(features.astype(np.float64))
+    expected = LogisticRegression(C=1.0, tol=1e-9, max_iter=3000).fit(x, labels).predict_proba(x)
+    assert fitted.converged
+    np.testing.assert_allclose(to_probabilities(fitted.head.logits(features)), expected, atol=1e-3)
+
+
+def test_the_tolerance_follows_the_rarest_class_and_the_weakest_penalty() -> None:
+    even, uneven = np.full(4, 0.25), np.array([0.5, 0.5 - 1e-4, 1e-4])
+    assert lbfgs.choose_tolerance(1_000_000, even, 100.0) == 1e-6
+    assert lbfgs.choose_tolerance(1_000, even, 100.0) == 1e-8
+    assert lbfgs.choose_tolerance(1_000_000, uneven, 100.0) == pytest.approx(1e-7)
+    assert lbfgs.choose_tolerance(1_000_000, even, 1e5) == pytest.approx(1e-7)
+    assert lbfgs.choose_tolerance(1_000_000, even, 1e12) == 1e-9
+
+
+@pytest.mark.parametrize("factor", [1e-24, 1e-12, 1e12, 1e18])
+@pytest.mark.parametrize("solver", ["lbfgs", "sklearn", "ridge"])
+def test_features_may_be_of_any_size_that_single_precision_holds(solver: str, factor: float) -> None:
+    features, labels = make_cloud(0)
+    scaled = (features.astype(np.float64) * factor).astype(np.float32)
+    plain, found = fit((features, labels), solver, C=0.1), fit((scaled, labels), solver, C=0.1)
+    expected = to_probabilities(plain.head.logits(features))
+    np.testing.assert_allclose(to_probabilities(found.head.logits(scaled)), expected, atol=1e-3)
+
+
+def test_an_error_that_only_rounding_decides_does_not_choose_a_ridge() -> None:
+    (features, labels), _ = draw_wide(1, n=50, d=400, spread=0.2)
+    selection = fit_head(features, labels, 4, HeadConfig(solver="ridge", grid=(1e-3, 1.0, 1e10))).selection
+    assert [np.isfinite(one.loss) for one in selection.candidates] == [True, True, False]
+    assert selection.choice == {"C": 1.0}
+    alone = fit_head(features, labels, 4, HeadConfig(solver="ridge", C=1e10))
+    assert np.isfinite(alone.head.logits(features)).all()
+
+
+# --- few images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sklearn", "ridge", "sgd"])
+def test_features_that_hardly_vary_in_a_few_images_are_not_blown_up(solver: str, few_steps: None) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(410) % 2
+    telling = labels[:, None] + 0.3 * rng.normal(size=(410, 5))
+    rare = np.where(rng.random((410, 300)) < 0.02, rng.normal(size=(410, 300)), 1e-3 * rng.normal(size=(410, 300)))
+    features = np.hstack([telling, rare]).astype(np.float32)
+    few, new = (features[:10], labels[:10]), (features[10:], labels[10:])
+    steady, plain = (find_accuracy(fit(few, solver, C=0.1, scaling=scaling), new) for scaling in ("auto", "standard"))
+    assert steady > 0.97 > plain + 0.05
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "ridge"])
+def test_a_thousand_images_are_standardised_by_their_own_variances(solver: str) -> None:
+    features, labels = make_problem(3, n=1000, d=6)
+    auto, plain = (fit((features, labels), solver, C=0.1, scaling=scaling).head for scaling in ("auto", "standard"))
+    np.testing.assert_array_equal(auto.logits(features), plain.logits(features))
+    few = (features[:999], labels[:999])
+    auto, plain = (fit(few, solver, C=0.1, scaling=scaling).head for scaling in ("auto", "standard"))
+    assert not np.array_equal(auto.logits(features), plain.logits(features))

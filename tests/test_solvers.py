@@ -599,7 +599,11 @@ def test_candidates_have_the_scores_of_a_plain_cross_validation(
     grid = (1e-3, 1e-2, 1e-1, 1.0)
     rows = make_rows(features, labels, views=views, class_weight=class_weight)
     fitted = featcache.heads.fit_head(
-        features, labels, n_classes, HeadConfig(solver=solver, grid=grid, class_weight=class_weight), views=views
+        features,
+        labels,
+        n_classes,
+        HeadConfig(solver=solver, grid=grid, class_weight=class_weight, scaling="standard"),
+        views=views,
     )
     folds = make_folds(labels, 5, 0)
     x = standardise(stack(features, views), np.repeat(rows.weights, rows.n_views))
@@ -649,7 +653,7 @@ def test_rows_in_coordinates_have_their_distances_and_the_way_back_is_the_same_f
     rows = make_rows(features, labels)
     where, tensor = coordinates.find_axes(rows, "standard", rotate=rotate, dtype=torch.float64)
     found = tensor.numpy()
-    assert found.shape == (n, min(n, d))
+    assert found.shape == (n, min(n - 1, d))  # n centred rows span one axis less
     x = standardise(features)
     np.testing.assert_allclose(found @ found.T, x @ x.T, atol=1e-3)
     np.testing.assert_allclose(where.transform(torch.from_numpy(features), torch.float64), found, atol=1e-6)

@@ -18,6 +18,9 @@ from featcache.progress import Progress
 TOLERANCE = 1e-6  # largest gradient entry of objective / (C N); scikit-learn's 1e-4 is off by per cents
 SMALL_TOLERANCE = 1e-8  # of few numbers: there it costs nothing
 SINGLE_TOLERANCE = 1e-6  # what single precision can reach
+OF_CLASS = 1e-3  # of the smallest class's share of all that counts: its gradient is no larger than that at the start
+OF_PENALTY = 1e-2  # of 1 / (C N): where nothing else holds a weight, it is off by the gradient times C N
+LEAST_TOLERANCE = 1e-9  # what double precision can reach
 
 
 def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, progress: Progress) -> FittedHead:
@@ -52,11 +55,12 @@ def solve(
     weights
         (N,), what each row counts; None is 1.
     tolerance
-        The largest entry of the gradient of objective / (C sum of weights); None is 1e-6, and 1e-8 of few rows.
+        The largest entry of the gradient of objective / (C sum of weights); None is what `choose_tolerance` says.
     """
     counts = (np.ones(len(labels)) if weights is None else weights)[None]
     if tolerance is None:
-        tolerance = SMALL_TOLERANCE if features.numel() <= FEW_NUMBERS else TOLERANCE
+        shares = np.bincount(labels, weights=counts[0]) / counts.sum()
+        tolerance = choose_tolerance(features.numel(), shares, C * counts.sum())
     variance, evaluations = find_variance(features), 0
     start: Tensor | None = None
     few = features.numel() <= FEW_NUMBERS and tolerance < SINGLE_TOLERANCE
@@ -77,3 +81,13 @@ def solve(
         gradient=gradient,
         converged=gradient <= tolerance,
     )
+
+
+def choose_tolerance(n_numbers: int, shares: NDArray[np.float64], strength: float) -> float:
+    """The largest gradient entry at which predictions have settled.
+
+    1e-6, of few numbers 1e-8; less where that would be much of all that a rare class contributes (shares (C,)), or of
+    what the penalty holds weights with, 1 / strength, which is C times what all rows count.
+    """
+    usual = SMALL_TOLERANCE if n_numbers <= FEW_NUMBERS else TOLERANCE
+    return max(min(usual, OF_CLASS * float(shares.min()), OF_PENALTY / strength), LEAST_TOLERANCE)

@@ -11,6 +11,7 @@ leave-one-out error of one decomposition.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from featcache.config import HeadConfig
-from featcache.heads.coordinates import Coordinates
+from featcache.heads.coordinates import Coordinates, settle_variance
 from featcache.heads.fitted import FittedHead, LinearHead
 from featcache.heads.logistic import SMALL, make_head
 from featcache.heads.rows import TrainingRows, to_float
@@ -38,6 +39,8 @@ from featcache.progress import SILENT, Progress
 
 GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 SQUARED_ERROR = "leave-one-out squared error"
+# What an image's own residual is at least divided by when it is left out: below that, rounding decides the quotient.
+LOST = {torch.float64: 1e-7, torch.float32: 1e-3}
 NEGLIGIBLE = 1e-10  # of the largest eigenvalue: below it is rounding
 
 
@@ -180,8 +183,7 @@ def decompose(statistics: RidgeStatistics, scaling: str) -> Decomposition:
     scatter = statistics.squares - total * torch.outer(shift, shift)
     variance = scatter.diagonal() / total
     variance = torch.where(variance > 1e-12 * statistics.squares.diagonal() / total, variance, 0.0)
-    if scaling != "standard":
-        variance = variance.mean().expand_as(variance)
+    variance = settle_variance(variance, scaling, total)
     scale = torch.where(variance > 0, variance.sqrt(), 1.0)
     eigenvalues, vectors = torch.linalg.eigh(scatter / torch.outer(scale, scale))
     kept = eigenvalues > NEGLIGIBLE * eigenvalues.max()
@@ -204,7 +206,8 @@ def leave_one_out(
     Returns
     -------
     candidates
-        Mean squared error over images and classes, and accuracy.
+        Mean squared error over images and classes, and accuracy; the error is infinite where a penalty is too weak for
+        the error to be known, unless all are.
     scores
         (N, C) of each candidate.
     """
@@ -212,7 +215,7 @@ def leave_one_out(
     solutions = torch.cat([decomposition.solve(value) for value in grid], dim=1).to(dtype)  # (R, G C)
     shrinkage = torch.stack([1 / (decomposition.eigenvalues + 1 / value) for value in grid]).to(dtype)  # (G, R)
     n, n_classes, n_views = len(rows), rows.n_classes, rows.n_views
-    scores = torch.empty(len(grid), n, n_classes, dtype=dtype)
+    scores, lost = torch.empty(len(grid), n, n_classes, dtype=dtype), torch.zeros(len(grid), dtype=torch.bool)
     blocks = progress.track(rows.iterate(), total=None, what="leaving one out", unit="block")
     for images, block in blocks:
         along = decomposition.coordinates.transform(block.flatten(0, 1), dtype)  # (n V, R)
@@ -220,39 +223,46 @@ def leave_one_out(
         targets = torch.nn.functional.one_hot(torch.from_numpy(rows.labels[images]), n_classes).to(dtype)
         fitted = (along @ solutions).view(-1, n_views, len(grid), n_classes) + decomposition.shares.to(dtype)
         residuals = targets[:, None, None] - fitted  # (n, V, G, C)
-        scores[:, images] = targets - remove_own(residuals, along, weights, shrinkage, decomposition.total)
+        alone, left = remove_own(residuals, along, weights, shrinkage, decomposition.total)
+        scores[:, images] = targets - alone
+        lost |= left < LOST[dtype]
     wanted = torch.nn.functional.one_hot(torch.from_numpy(rows.labels), n_classes).to(dtype)
     counts = torch.from_numpy(rows.weights)
     candidates = []
-    for value, one in zip(grid, scores, strict=True):
+    for value, one, unknown in zip(grid, scores, (lost & ~lost.all()).tolist(), strict=True):
         errors = (one - wanted).square().mean(dim=1).double()
         right = (one.argmax(dim=1).numpy() == rows.labels).astype(np.float64)
         candidates.append(
             Candidate(
                 choice={"C": value},
-                loss=float(counts @ errors / counts.sum()),
+                loss=math.inf if unknown else float(counts @ errors / counts.sum()),
                 accuracy=float(rows.weights @ right / rows.weights.sum()),
             )
         )
     return tuple(candidates), [one.double().numpy() for one in scores]
 
 
-def remove_own(residuals: Tensor, along: Tensor, weights: Tensor, shrinkage: Tensor, total: float) -> Tensor:
+def remove_own(
+    residuals: Tensor, along: Tensor, weights: Tensor, shrinkage: Tensor, total: float
+) -> tuple[Tensor, Tensor]:
     """Residuals (G, n, C) of the plain rows of n images by fits that did not see them, from those (n, V, G, C) of all.
 
-    For a block B of rows they are (I - H_BB)^-1 r_B, with the hat matrix H; of a single row r / (1 - h).
+    For a block B of rows they are (I - H_BB)^-1 r_B, with the hat matrix H; of a single row r / (1 - h). Also the
+    smallest 1 - h (G,).
     """
     n, n_views = residuals.shape[:2]
     if n_views == 1:
-        leverage = weights[:, None] * (along.square() @ shrinkage.T + 1 / total)  # (n, G)
-        return (residuals[:, 0] / (1 - leverage).clamp_min(1e-12)[..., None]).transpose(0, 1)
+        leverage = weights[:, None] * (along.double().square() @ shrinkage.double().T + 1 / total)  # (n, G)
+        left = (1 - leverage).clamp_min(1e-12)
+        return (residuals[:, 0] / left[..., None].to(residuals.dtype)).transpose(0, 1), left.amin(dim=0)
     by_image = along.view(n, n_views, -1)
-    found = []
+    found, smallest = [], []
     for g, shrink in enumerate(shrinkage):
         hat = weights[:, None, None] * ((by_image * shrink) @ by_image.transpose(1, 2) + 1 / total)
-        identity = torch.eye(n_views, dtype=hat.dtype)
-        found.append(torch.linalg.solve(identity - hat, residuals[:, :, g])[:, 0])
-    return torch.stack(found)
+        left = torch.eye(n_views, dtype=hat.dtype) - hat
+        found.append(torch.linalg.solve(left, residuals[:, :, g])[:, 0])
+        smallest.append(left.diagonal(dim1=1, dim2=2).min().double())
+    return torch.stack(found), torch.stack(smallest)
 
 
 def choose_on_validation(
