@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def draw_confusions(
     for axes, (title, counts) in zip(np.atleast_1d(figure.subplots(1, len(matrices))), matrices.items(), strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_title(_plain(title, int(10 * side)), fontsize=11)
+        axes.set_title(textwrap.fill(_plain(title), int(9 * side)), fontsize=11)
         axes.set(xlabel="predicted", ylabel="true")
         if n <= max_labels:
             names = [_plain(name, 16) for name in classes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import pickle
 import shutil
@@ -696,6 +697,29 @@ def test_predict_takes_views_and_names_a_bad_file_once(
     assert [row["probability"] for row in plain] != [row["probability"] for row in done.json]
     with pytest.raises(SettingsError, match=r"--views is -1: expected 0 to 1,000"):
         featcache.predict(head, files, views=-1)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_predict_averages_as_the_run_was_judged(photos: Path, output: Path, cli: Callable[..., Outcome]) -> None:
+    extract(photos, output, test_views=3)
+    run = featcache.train_head(output, output.with_name("tta"), tta=True)
+    assert run.record.details["test_views"] == 3
+    files = sorted(str(path) for path in (photos / "val").rglob("*.jpg"))
+    told, asked, plain = (
+        cli("predict", run.folder, *files, *more, "--json") for more in ([], ["--views", "3"], ["--views", "0"])
+    )
+    assert "averaged over 3 views of each image, as the run was judged" in told.err
+    assert told.json == asked.json != plain.json
+    written = read_largest(run.folder / "predictions.csv")
+    for row in told.json:
+        assert row["probability"] == pytest.approx(written[Path(row["path"]).relative_to(photos).as_posix()], abs=1e-5)
+
+
+def read_largest(path: Path) -> dict[str, float]:
+    """The largest probability of every image."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {row["path"]: max(float(row[name]) for name in row if name.startswith("probability_")) for row in rows}
 
 
 def test_where_no_views_are_wanted_rows_are_made_as_ever(photos: Path, output: Path, tiny: type[TinyFamily]) -> None:

@@ -30,9 +30,9 @@ from featcache.config import MAX_VIEWS
 @option(
     "--views",
     type=click.IntRange(0, MAX_VIEWS),
-    default=0,
+    default=None,
     metavar="K",
-    help="Average each image's probabilities with those of K random views of it.",
+    help="Average each image's probabilities with those of K random views of it.  [default: as the run was judged]",
 )
 @json_option
 def command(
@@ -42,7 +42,7 @@ def command(
     batch_size: int | None,
     workers: int | None,
     device: str,
-    views: int,
+    views: int | None,
     as_json: bool,
 ) -> int:
     """Label new files with a trained RUN: CSV with path, label, probability, or JSON.

@@ -43,7 +43,14 @@ def print_run(run: Run, as_json: bool) -> None:
 
     click.echo(record.title)
     for name, what in (("val", "validation"), ("test", "test")):
-        if name in record.accuracy:
+        if name in record.accuracy and "draws" in record.details:
+            draws = record.details["draws"][name]
+            click.echo(
+                f"  {what:<11} {draws['mean']:.4f}  (average of {len(draws['accuracies'])} draws, standard deviation "
+                f"{draws['std']:.4f})"
+            )
+            click.echo(f"  the first   {say_accuracy(record.accuracy[name])}")
+        elif name in record.accuracy:
             click.echo(f"  {what:<11} {say_accuracy(record.accuracy[name])}")
     for line in list_measures(record):
         click.echo(f"  {line}")

@@ -14,6 +14,7 @@ from featcache.config import MAX_VIEWS
 from featcache.dataset import list_clips, list_images
 from featcache.errors import BadImage, BadImagesError, DatasetError, SettingsError
 from featcache.progress import SILENT, Progress
+from featcache.runs import read_record
 from featcache.runtime import select_device
 
 
@@ -34,7 +35,7 @@ def predict(
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
-    views: int = 0,
+    views: int | None = None,
     progress: Progress = SILENT,
 ) -> tuple[list[Prediction], list[BadImage]]:
     """Predict the class of image files.
@@ -50,7 +51,8 @@ def predict(
     device, batch_size, workers
         As in `featcache.config.ExtractConfig`.
     views
-        Random views of each image whose probabilities are averaged with its own; see `featcache.views`.
+        Random views of each image whose probabilities are averaged with its own, see `featcache.views`; None is as
+        many as the run was judged with.
     progress
         Told what is being done.
 
@@ -78,11 +80,15 @@ def predict(
     >>> predictions[0].label                                               # doctest: +SKIP
     'bees'
     """
-    if not 0 <= views <= MAX_VIEWS:
+    if views is not None and not 0 <= views <= MAX_VIEWS:
         raise SettingsError(f"--views is {views}: expected 0 to {MAX_VIEWS:,}")
     check_present(images)
     select_device(device)
     classifier = load_classifier(run, backbone=backbone, progress=progress)
+    if views is None:
+        views = int(read_record(Path(run)).details.get("test_views", 0))
+        if views:
+            progress.say(f"averaged over {views} views of each image, as the run was judged; --views 0 does without")
     paths = expand_paths(images, clips=classifier.preprocessing.frames > 0)
     probabilities, bad = classifier.predict_files(
         paths,

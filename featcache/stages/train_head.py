@@ -98,7 +98,7 @@ def train_head(
         check_complete(cache, features)
         for name, split in cache.splits.items():
             check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
-        config = settle_views(config, cache, features)
+        config = settle_scaling(settle_views(config, cache, features), cache)
         learned = learn(cache, config, progress)
         evaluated = evaluate_head(learned.fitted, cache, config)
         curve = learn_curve(cache, config, progress) if config.curve else None
@@ -147,6 +147,8 @@ def check_settings(config: HeadConfig) -> None:
     drawn = config.shots is not None or config.fraction is not None
     if config.shots is not None and config.fraction is not None:
         raise SettingsError("--shots and --fraction are two ways to draw training images; state one of them")
+    if drawn and config.curve:
+        raise SettingsError("--curve learns from parts of all training images; state it without --shots and --fraction")
     if config.repeats != HeadConfig.repeats and not (drawn or config.curve):
         raise SettingsError("--repeats is of --shots, --fraction and --curve: expected one of them beside it")
     if config.solver == "knn" and config.C is not None:
@@ -197,6 +199,12 @@ def settle_views(config: HeadConfig, cache: FeatureCache, path: Path | str) -> H
             f"{path} holds no views of the validation images; `featcache extract ... --test-views 4` adds some"
         )
     return replace(config, views=held["train"] if config.views is None else config.views)
+
+
+def settle_scaling(config: HeadConfig, cache: FeatureCache) -> HeadConfig:
+    """The settings with a decision about scaling: of imported features nobody knows that they have one unit."""
+    known = not is_imported(cache.extractor["backbone"])
+    return config if known or config.scaling != "auto" else replace(config, scaling="standard")
 
 
 def check_replaceable(output: Path) -> None:
@@ -308,13 +316,15 @@ def describe_run(
         device=config.device if config.solver == "lbfgs" else "cpu",
         environment=describe_environment(),
         notes=list_remarks(learned, cache, config, curve),
-        details=describe_details(learned, config, evaluated, curve),
+        details=describe_details(learned, cache, config, evaluated, curve),
     )
 
 
-def describe_details(learned: Learned, config: HeadConfig, evaluated: Evaluated, curve: Curve | None) -> dict[str, Any]:
+def describe_details(
+    learned: Learned, cache: FeatureCache, config: HeadConfig, evaluated: Evaluated, curve: Curve | None
+) -> dict[str, Any]:
     """What is of heads alone, as plain values (see docs/json.md)."""
-    fitted = learned.fitted
+    fitted, views = learned.fitted, cache.splits["val"].views
     details: dict[str, Any] = {
         "solver": config.solver,
         "choice": dict(fitted.selection.choice),
@@ -326,6 +336,7 @@ def describe_details(learned: Learned, config: HeadConfig, evaluated: Evaluated,
         "temperature": fitted.temperature,
         "views": bool(config.views),
         "tta": config.tta,
+        "test_views": views.shape[1] if config.tta and views is not None else 0,
     }
     if evaluated.uncalibrated is not None:
         details["uncalibrated"] = evaluated.uncalibrated
