@@ -82,17 +82,19 @@ def test_no_part_holds_an_image_that_it_is_judged_by_and_every_class_is_in_it(co
     parts = list(list_parts(labels, len(counts), sizes, config))
     n_folds = min(5, *counts)
     assert len(parts) == 2 * n_folds * len(sizes)
-    for row, images, held in parts:
+    for _, row, images, held in parts:
         assert not set(images.tolist()) & set(held.tolist())
         assert len(set(images.tolist())) == len(images)
         assert np.array_equal(images, np.sort(images))
         assert set(labels[images].tolist()) == set(range(len(counts)))
+        expected = len(images) * np.array(counts) / sum(counts)
+        assert np.abs(np.bincount(labels[images], minlength=len(counts)) - expected).max() <= len(counts)
         assert sizes[row] - 1 <= len(images) <= max(sizes[row], len(counts))
-    judged = np.concatenate([held for row, _, held in parts if row == 0])
+    judged = np.concatenate([held for _, row, _, held in parts if row == 0])
     assert np.bincount(judged).tolist() == [2] * len(labels)  # every image once in each repeat
     for smaller, larger in itertools.pairwise(parts):
-        if smaller[0] + 1 == larger[0]:
-            assert set(smaller[1].tolist()) <= set(larger[1].tolist())
+        if smaller[1] + 1 == larger[1]:
+            assert set(smaller[2].tolist()) <= set(larger[2].tolist())
 
 
 def test_repeats_draw_other_folds_and_the_seed_decides_them() -> None:
@@ -100,7 +102,7 @@ def test_repeats_draw_other_folds_and_the_seed_decides_them() -> None:
 
     def draw(seed: int) -> list[list[int]]:
         parts = list_parts(labels, 3, np.array([6]), HeadConfig(repeats=2, seed=seed))
-        return [images.tolist() for _, images, _ in parts]
+        return [images.tolist() for _, _, images, _ in parts]
 
     first = draw(0)
     assert first == draw(0)
@@ -116,7 +118,7 @@ def test_more_images_are_better_where_there_is_something_to_learn() -> None:
     curve = learn_curve(make_cache(features * 0.7, labels), HeadConfig(**EASY), SILENT)
     rows = curve.list_rows()
     assert [row["images"] for row in rows] == curve.sizes.tolist()
-    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.1
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.05
     assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 for row in rows)
     assert curve.right.shape == (len(curve.sizes), 200)
     assert ((curve.right >= 0) & (curve.right <= 1 + 1e-12)).all()
@@ -156,16 +158,17 @@ def test_the_validation_split_has_no_say() -> None:
     assert alone == beside
 
 
-def test_c_is_chosen_within_the_first_part_of_each_size(fits: list[dict[str, Any]]) -> None:
+def test_c_is_chosen_within_the_first_part_of_each_size_in_every_repeat(fits: list[dict[str, Any]]) -> None:
     features, labels = make_cloud(5)
     config = HeadConfig(solver="lbfgs", repeats=2, grid=(0.001, 0.1, 10.0))
     curve = learn_curve(make_cache(features, labels), config, SILENT)
     n = len(curve.sizes)
     assert len(fits) == 2 * 5 * n
-    assert all(one["config"].C is None for one in fits[:n])
-    assert all(one["config"].C in (0.001, 0.01, 0.1, 10.0) for one in fits[n:])
-    for row in range(n):
-        assert len({one["config"].C for one in fits[n + row :: n]}) == 1
+    for mine in (fits[: 5 * n], fits[5 * n :]):
+        assert all(one["config"].C is None for one in mine[:n])
+        for row in range(n):
+            (chosen,) = {one["config"].C for one in mine[n + row :: n]}
+            assert chosen in (0.001, 0.01, 0.1, 10.0)
 
 
 @pytest.mark.parametrize("solver", ["ridge", "knn", "sgd"])

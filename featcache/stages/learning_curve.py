@@ -84,7 +84,7 @@ def learn_curve(cache: FeatureCache, config: HeadConfig, progress: Progress) -> 
     """Fit heads on growing parts of the training split, each judged on training images that it did not see.
 
     The images are cut into folds; for every fold and size, a head learns from so many of the other folds' images, and
-    predicts the fold. What is chosen (C and the like) is chosen within the first part of each size.
+    predicts the fold. What is chosen (C and the like) is chosen once a repeat for each size, within its first part.
 
     Parameters
     ----------
@@ -106,17 +106,17 @@ def learn_curve(cache: FeatureCache, config: HeadConfig, progress: Progress) -> 
     if make_folds(labels, config.folds, config.seed) is None:
         raise DatasetError("--curve holds training images out, and a class has a single one; give it more")
     sizes = list_sizes(labels, n_classes, config)
-    right, settled = np.zeros((len(sizes), len(labels))), dict[int, HeadConfig]()
+    right, settled = np.zeros((len(sizes), len(labels))), dict[tuple[int, int], HeadConfig]()
     parts = list(list_parts(labels, n_classes, sizes, config))
-    for row, images, held in progress.track(parts, total=len(parts), what="learning curve", unit="fit"):
+    for repeat, row, images, held in progress.track(parts, total=len(parts), what="learning curve", unit="fit"):
         fitted = fit_head(
             gather(train.features, images),
             labels[images],
             n_classes,
-            settled.get(row, config),
+            settled.get((repeat, row), config),
             views=None if views is None else gather(views, images),
         )
-        settled.setdefault(row, replace(config, **settle(fitted.selection.choice)))
+        settled.setdefault((repeat, row), replace(config, **settle(fitted.selection.choice)))
         predicted = fitted.head.logits(gather(train.features, held).astype(np.float32)).argmax(axis=1)
         right[row, held] += (predicted == labels[held]) / config.repeats
     law, further = extrapolate(sizes, right, config.seed)
@@ -138,21 +138,32 @@ def list_sizes(labels: NDArray[np.int64], n_classes: int, config: HeadConfig) ->
 
 def list_parts(
     labels: NDArray[np.int64], n_classes: int, sizes: NDArray[np.int64], config: HeadConfig
-) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """For every repeat, fold and size: the size's number, images to learn from, images to predict.
+) -> Iterator[tuple[int, int, NDArray[np.int64], NDArray[np.int64]]]:
+    """For every repeat, fold and size: the repeat's and the size's numbers, images to learn from, images to predict.
 
-    The parts of a fold contain one another: its other images in random order, one of each class at the beginning.
+    The parts of a fold contain one another: its other images in random order, one of each class at the beginning, then
+    the classes in their proportions: a part that happened to hold one class six times and the other once would say
+    little of seven images.
     """
     for repeat in range(config.repeats):
         rng = np.random.default_rng([config.seed, repeat])
         folds = make_folds(labels, config.folds, config.seed + repeat)
         assert folds is not None
         for fold in range(int(folds.max()) + 1):
-            order = rng.permutation(np.flatnonzero(folds != fold))
+            order = shuffle_evenly(np.flatnonzero(folds != fold), labels, rng)
             first = np.unique(labels[order], return_index=True)[1]
             order = np.concatenate([order[first], np.delete(order, first)])
             for row, size in enumerate(sizes.tolist()):
-                yield row, np.sort(order[: max(size, n_classes)]), np.flatnonzero(folds == fold)
+                yield repeat, row, np.sort(order[: max(size, n_classes)]), np.flatnonzero(folds == fold)
+
+
+def shuffle_evenly(images: NDArray[np.int64], labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Images in a random order in which every beginning holds the classes in about their proportions."""
+    images = rng.permutation(images)
+    places = np.empty(len(images))
+    for own in (labels[images] == label for label in np.unique(labels[images])):
+        places[own] = (np.arange(own.sum()) + rng.random()) / own.sum()
+    return images[np.argsort(places, kind="stable")]
 
 
 def extrapolate(
