@@ -195,6 +195,17 @@ def test_validation_rows_have_no_say_in_the_head(photos: Path, tmp_path: Path, m
         assert (first / "curve.csv").read_bytes() == (second / "curve.csv").read_bytes()
 
 
+@pytest.mark.parametrize(("more", "settings"), [("curve", {"curve": True, "repeats": 1}), ("draws", {"shots": 3})])
+def test_what_is_found_out_beside_a_head_is_not_its_cost(
+    features: Path, tmp_path: Path, more: str, settings: dict[str, Any]
+) -> None:
+    seconds = featcache.train_head(features, tmp_path / "run", **settings).record.seconds
+    parts = ("extraction", "selection", "training", "evaluation")
+    assert seconds["total"] == pytest.approx(sum(seconds[name] for name in parts))
+    assert seconds[more] > 0 <= seconds["evaluation"]
+    assert set(seconds) == {*parts, "total", more}
+
+
 def test_a_head_is_replaced_without_asking(features: Path, tmp_path: Path) -> None:
     featcache.train_head(features, tmp_path / "run", C=1.0)
     featcache.train_head(features, tmp_path / "run", C=2.0)

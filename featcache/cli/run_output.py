@@ -57,7 +57,7 @@ def print_run(run: Run, as_json: bool) -> None:
     click.echo(f"  chosen      {record.selection}")
     for note in record.notes:
         click.echo(f"  note        {note}")
-    click.echo(f"  time        {format_seconds(own_seconds)}{_describe_extraction(record)}")
+    click.echo(f"  time        {format_seconds(own_seconds)}{_describe_more(record)}")
     click.echo(f"  run         {run.folder}{' (was there already)' if run.reused else ''}")
 
 
@@ -88,9 +88,12 @@ def list_measures(record: RunRecord) -> list[str]:
     return lines
 
 
-def _describe_extraction(record: RunRecord) -> str:
+def _describe_more(record: RunRecord) -> str:
     from featcache.report import format_seconds
 
-    if "extraction" not in record.seconds:
-        return ""
-    return f", after {format_seconds(record.seconds['extraction'])} of extraction"
+    seconds = record.seconds
+    after = f", after {format_seconds(seconds['extraction'])} of extraction" if "extraction" in seconds else ""
+    beside = {"draws": "the other draws", "curve": "the learning curve"}
+    return after + "".join(
+        f"; {what} {format_seconds(seconds[name])}" for name, what in beside.items() if name in seconds
+    )

@@ -99,11 +99,16 @@ def train_head(
         for name, split in cache.splits.items():
             check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
         config = settle_scaling(settle_views(config, cache, features), cache)
+        before = time.perf_counter()
         learned = learn(cache, config, progress)
+        draws_seconds = time.perf_counter() - before - learned.fitted.seconds
         evaluated = evaluate_head(learned.fitted, cache, config)
+        before = time.perf_counter()
         curve = learn_curve(cache, config, progress) if config.curve else None
+        curve_seconds = time.perf_counter() - before
     record = describe_run(learned, cache, config, evaluated, curve)
-    seconds = count_seconds(learned.fitted, cache, time.perf_counter() - started)
+    more = {"draws": draws_seconds} if learned.draws else {"curve": curve_seconds} if curve else {}
+    seconds = count_seconds(learned.fitted, cache, time.perf_counter() - started, more)
     record = replace(
         record, seconds=seconds, peak_memory_bytes=_largest(memory.read(), cache.provenance["peak_memory_bytes"])
     )
@@ -280,16 +285,21 @@ def average_views(head: Head, plain: NDArray[np.float64], views: Features | None
     return total / (1 + n_views)
 
 
-def count_seconds(fitted: FittedHead, cache: FeatureCache, elapsed: float) -> dict[str, float]:
-    """Wall time by stage; of imported features nobody knows what they cost."""
+def count_seconds(
+    fitted: FittedHead, cache: FeatureCache, elapsed: float, more: Mapping[str, float]
+) -> dict[str, float]:
+    """Wall time by stage; of imported features nobody knows what they cost.
+
+    What was found out beside the head, its other draws or its curve, is no cost of the head's and not in the total.
+    """
     known = not is_imported(cache.extractor["backbone"])
     seconds = {
         **({"extraction": cache.provenance["seconds"]} if known else {}),
         "selection": fitted.selection_seconds,
         "training": fitted.seconds - fitted.selection_seconds,
-        "evaluation": elapsed - fitted.seconds,
+        "evaluation": elapsed - fitted.seconds - sum(more.values()),
     }
-    return {**seconds, "total": sum(seconds.values())}
+    return {**seconds, "total": sum(seconds.values()), **more}
 
 
 def describe_run(
