@@ -138,7 +138,7 @@ class RidgeStatistics:
         self.class_sums.index_add_(0, labels, weighted.double())
         self.class_counts.index_add_(0, labels, weights)
 
-    def solve(self, C: float, *, scaling: str = "standard") -> LinearHead:  # noqa: N803
+    def solve(self, C: float, *, scaling: str = "auto") -> LinearHead:  # noqa: N803
         """The head for one C: the one that a fit to all these rows gives, its scores divided by no temperature."""
         return decompose(self, scaling).make_head(C)
 
