@@ -756,7 +756,7 @@ def test_images_and_classes_that_are_added_are_as_good_as_there_from_the_start(w
         np.testing.assert_allclose(second.logits(features), first.logits(features), rtol=0, atol=1e-4)
     x = standardise(features, weights)
     expected = fit_ridge_plainly(x, labels, 0.1, weights).predict(x)
-    np.testing.assert_allclose(added.solve(0.1).logits(features), expected, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(added.solve(0.1, scaling="standard").logits(features), expected, rtol=0, atol=1e-3)
 
 
 def test_statistics_may_begin_with_nothing() -> None:
