@@ -158,7 +158,10 @@ def find_filled(rows: Tensor) -> Tensor:
 
     Weights on the others would cost next to no penalty, fit rounding, and spoil what is predicted of new images.
     """
-    lengths = rows.square().sum(dim=0, dtype=torch.float64).sqrt()
+    squares = torch.stack(
+        [block.square().sum(dim=0) for block in torch.split(rows, 4096)]
+    )  # each stays in the processor
+    lengths = squares.sum(dim=0).sqrt()
     return lengths > EMPTY[rows.dtype] * lengths.max()
 
 
