@@ -159,7 +159,7 @@ def bench_single(problem: Problem, rounds: int) -> list[str]:
         objective = find_objective(x, problem.labels, weight, bias, strength)
         accuracy = float(((val @ weight.T + bias).argmax(axis=1) == problem.val_labels).mean())
         lines.append(
-            f"  {name:<22}{seconds:8.3f} s  objective {objective:.6f}  accuracy {accuracy:.4f}  "
+            f"  {name:<22}{seconds:8.3f} s  objective {objective:.7f}  accuracy {accuracy:.4f}  "
             f"x {first / seconds:5.1f}"
         )
     return lines
