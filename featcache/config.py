@@ -7,7 +7,7 @@ function. The fields in a class's `RESULT` decide what comes out; the others onl
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from featcache.errors import SettingsError
@@ -20,6 +20,16 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": 
 DECODERS = ("pillow", "torch")
 STORES = ("float32", "float16")
 BATCH_NORMS = ("auto", "train", "fixed")
+FINETUNE_CHOICES = {
+    "mode": ("full", "head", "staged", "lp-ft"),
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("step", "cosine", "one-cycle"),
+    "augment": ("crop", "randaugment", "trivialaugment", "none"),
+    "select_on": ("holdout", "val", "none"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "class_weight": ("balanced",),
+    "batch_norm": BATCH_NORMS,
+}
 POOLS = ("avg", "max", "flatten", "cls")
 LAYOUTS = ("NCHW", "NHWC", "NF")
 CHANNELS = ("RGB", "BGR", "L")
@@ -426,24 +436,75 @@ class FinetuneConfig(ImageSettings):
 
     The defaults are the classic recipe of PyTorch's transfer-learning tutorial
     (https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html): SGD, a step schedule, 25 epochs of
-    batches of 4, the weights of the best validation epoch kept.
+    batches of 4; only the epoch is chosen on held-out training images and not on those that are reported. What None
+    stands for is said by `settle`.
 
     Attributes
     ----------
-    backbone, weights, workers, device, val_fraction, seed, skip_bad
+    backbone, weights, device, val_fraction, seed, skip_bad
         As in `ExtractConfig`; the seed also shuffles, augments and makes the new last layer.
+    mode
+        "full" trains all parameters from the start, "head" the last layer through the frozen network, "staged" first
+        the last layer and then everything, "lp-ft" everything, beginning with the linear head that fits the cached
+        features: linear probing, then fine-tuning (Kumar et al., 2022, https://arxiv.org/abs/2202.10054).
+    features
+        Of lp-ft: the cache, made or extended where it has to be.
     epochs
         Passes over the training images.
+    head_epochs
+        Of staged: passes in which the last layer alone is trained, before those.
     batch_size
-        Images per gradient step.
-    lr, momentum
-        Of SGD.
-    step_size, gamma
-        The learning rate is multiplied by `gamma` every `step_size` epochs.
-    freeze
-        Train the last layer only, through the frozen network: stage 2 without a cache.
+        Images per gradient step, of all processes together.
+    lr, lr_backbone
+        The largest learning rate of the last layer, and of all else.
+    layer_decay
+        Of each layer, block by block from the head down, the learning rate is so many times that of the one above it.
+    optimizer, momentum, weight_decay
+        "sgd" with this momentum, or "adamw"; norms and biases never decay.
+    schedule, step_size, gamma, warmup
+        "step" multiplies the learning rate by `gamma` every `step_size` epochs, "cosine" and "one-cycle" take it to
+        zero; before that it grows for `warmup` epochs.
     batch_norm
-        "train" lets BatchNorm follow the batches, "fixed" keeps its statistics, "auto" is the backbone's own default.
+        "train" lets BatchNorm follow the batches, "fixed" keeps its statistics, "auto" is the backbone's own default,
+        and "fixed" for lp-ft, whose head was fitted to such features.
+    augment
+        "crop": random crops, mirrored or not; "randaugment" and "trivialaugment" do more, "none" does nothing.
+    mixup, cutmix
+        Their alpha; 0 mixes nothing.
+    label_smoothing
+        Share of the target that is spread over all classes.
+    class_weight
+        "balanced" lets all classes count the same in the loss; None lets all images.
+    ema
+        Decay per step of an average of the weights, which is then evaluated and kept.
+    select_on
+        What chooses the epoch whose weights are kept: "holdout", a part of the training images; "val", the validation
+        split: the classic habit, and optimistic where that is what is reported; "none": nothing, the last is kept.
+    holdout_fraction
+        Share of the training images that is held out.
+    patience
+        Stop after so many epochs without a better one.
+    time_budget
+        Seconds that all of it may take; the training is cut short, in the middle of an epoch if need be.
+    precision
+        "fp32", or "bf16" and "fp16" under autocast.
+    compile
+        Let torch.compile make the network faster, which takes a minute at first.
+    channels_last
+        Whether images lie in memory channel beside channel.
+    deterministic
+        Only operators that give the same every time, on CUDA too.
+    cache_images
+        Keep decoded images in memory, as many as fit into a quarter of what is free.
+    workers
+        Processes that decode. None chooses, and each image has random numbers of its own, so that their number does
+        not matter; 0 is PyTorch's plain loop, bit for bit: one process, one stream of random numbers.
+    resume
+        Go on where an unfinished run of the same settings was left.
+    checkpoint_every
+        Seconds between checkpoints.
+    tensorboard
+        Folder for TensorBoard's event files.
     force
         Replace another run that lies at the output.
     """
@@ -451,49 +512,185 @@ class FinetuneConfig(ImageSettings):
     RESULT: ClassVar[tuple[str, ...]] = (
         "backbone",
         "weights",
+        "mode",
         "epochs",
         "batch_size",
+        "optimizer",
         "lr",
+        "lr_backbone",
         "momentum",
+        "weight_decay",
+        "schedule",
         "step_size",
         "gamma",
-        "freeze",
         "batch_norm",
+        "select_on",
         "val_fraction",
         "seed",
+    )
+    # Part of the result's settings only where they are not as usual.
+    FURTHER: ClassVar[tuple[str, ...]] = (
+        "head_epochs",
+        "layer_decay",
+        "warmup",
+        "augment",
+        "mixup",
+        "cutmix",
+        "label_smoothing",
+        "class_weight",
+        "ema",
+        "holdout_fraction",
+        "patience",
+        "time_budget",
+        "precision",
+        "channels_last",
     )
 
     OPTIONAL: ClassVar[tuple[str, ...]] = ImageSettings.IMAGES
 
+    # Learning rates of the last layer and of all else, by mode and optimiser. SGD's of "full" and "head" are the
+    # tutorial's. AdamW's: torch's default for a new layer, a tenth of it for pretrained ones. "staged" gives what is
+    # pretrained a tenth of the rate, the discriminative fine-tuning of Howard & Ruder, 2018
+    # (https://arxiv.org/abs/1801.06146). "lp-ft" begins where the head's gradient is nearly zero, and a rate that moves
+    # the features away from under it undoes what the probe knew: its authors needed 3e-7 where fine-tuning had 1e-3
+    # (https://github.com/AnanyaKumar/transfer_learning/issues/3). What was tried here: docs/finetune.md.
+    RATES: ClassVar[dict[str, dict[str, tuple[float, float]]]] = {
+        "full": {"sgd": (1e-3, 1e-3), "adamw": (1e-3, 1e-4)},
+        "head": {"sgd": (1e-3, 1e-3), "adamw": (1e-3, 1e-3)},
+        "staged": {"sgd": (1e-3, 1e-4), "adamw": (1e-3, 1e-4)},
+        "lp-ft": {"sgd": (1e-5, 1e-5), "adamw": (1e-6, 1e-6)},
+    }
+    WEIGHT_DECAYS: ClassVar[dict[str, float]] = {"sgd": 0.0, "adamw": 0.01}  # the tutorial's; torch's default
+
     backbone: str = ExtractConfig.backbone
     weights: str = ExtractConfig.weights
+    mode: str = "full"
+    features: str = "features.h5"
     epochs: int = 25
+    head_epochs: int = 1
     batch_size: int = 4
-    lr: float = 0.001
+    lr: float | None = None
+    lr_backbone: float | None = None
+    layer_decay: float = 1.0
+    optimizer: str = "sgd"
     momentum: float = 0.9
+    weight_decay: float | None = None
+    schedule: str = "step"
     step_size: int = 7
     gamma: float = 0.1
-    freeze: bool = False
+    warmup: float | None = None
     batch_norm: str = "auto"
+    augment: str = "crop"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    class_weight: str | None = None
+    ema: float | None = None
+    select_on: str | None = None
+    holdout_fraction: float = 0.2
+    patience: int | None = None
+    time_budget: float | None = None
+    precision: str | None = None
+    compile: bool = False
+    channels_last: bool | None = None
+    deterministic: bool = False
+    cache_images: bool = True
     workers: int | None = None
     device: str = ExtractConfig.device
     val_fraction: float = ExtractConfig.val_fraction
     seed: int = ExtractConfig.seed
     skip_bad: bool = False
+    resume: bool = True
+    checkpoint_every: float = 30.0
+    tensorboard: str | None = None
     force: bool = False
+
+    def settle(self, *, has_test: bool, clips: bool, device: str, bfloat16: bool) -> FinetuneConfig:
+        """The same with every None decided.
+
+        Learning rates and weight decay come from the tables above; the backbone's rate, where only the head's is
+        stated, keeps its proportion to it. The epoch is chosen on the validation split where a test split is there to
+        be reported, and on held-out training images where not. On CUDA bfloat16 where the GPU has it. Channels last,
+        but for clips and for the plain loop of `workers` 0.
+
+        Parameters
+        ----------
+        has_test
+            Whether the data has a test split.
+        clips
+            Whether clips are trained on.
+        device
+            Type of the device: "cpu", "cuda" or "mps".
+        bfloat16
+            Whether it computes in bfloat16 by itself.
+        """
+        usual, usual_backbone = self.RATES[self.mode][self.optimizer]
+        lr = usual if self.lr is None else self.lr
+        return replace(
+            self,
+            lr=lr,
+            lr_backbone=lr * (usual_backbone / usual)
+            if self.lr_backbone is None and self.mode != "head"
+            else self.lr_backbone,
+            weight_decay=self.WEIGHT_DECAYS[self.optimizer] if self.weight_decay is None else self.weight_decay,
+            select_on=self.select_on or ("val" if has_test else "holdout"),
+            precision=self.precision or ("bf16" if device == "cuda" and bfloat16 else "fp32"),
+            channels_last=not (clips or self.one_stream) if self.channels_last is None else self.channels_last,
+        )
+
+    @property
+    def one_stream(self) -> bool:
+        """Whether all random numbers come from one stream, as in PyTorch's plain loop."""
+        return self.workers == 0
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that decide what comes out, as plain JSON values; the rarer ones only where they are stated."""
+        usual = {name: getattr(FinetuneConfig, name) for name in self.FURTHER}
+        usual.update(precision="fp32", channels_last=True)
+        further = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        if self.mode != "staged":
+            further.pop("head_epochs", None)
+        return super().result_settings() | further | ({"one_stream": True} if self.one_stream else {})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.epochs >= 1, "epochs", "1 or more")
-        self._require(self.batch_size >= 1, "batch_size", "1 or more")
-        self._require(0 < self.lr < math.inf, "lr", "a number above 0")
+        for name, choices in FINETUNE_CHOICES.items():
+            value = getattr(self, name)
+            known = value in choices or (value is None and getattr(FinetuneConfig, name) is None)
+            self._require(known, name, " or ".join(choices))
+        for name in ("epochs", "head_epochs", "batch_size", "step_size", "patience"):
+            value = getattr(self, name)
+            self._require(value is None or value >= 1, name, "1 or more")
+        for name in ("lr", "lr_backbone", "gamma", "time_budget"):
+            value = getattr(self, name)
+            self._require(value is None or 0 < value < math.inf, name, "a number above 0")
+        for name in ("weight_decay", "warmup", "mixup", "cutmix", "checkpoint_every"):
+            value = getattr(self, name)
+            self._require(value is None or 0 <= value < math.inf, name, "0 or more")
         self._require(0 <= self.momentum < 1, "momentum", "0 or more, below 1")
-        self._require(self.step_size >= 1, "step_size", "1 or more")
-        self._require(0 < self.gamma < math.inf, "gamma", "a number above 0")
-        self._require(self.batch_norm in BATCH_NORMS, "batch_norm", " or ".join(BATCH_NORMS))
+        self._require(0 < self.layer_decay <= 1, "layer_decay", "a number above 0, at most 1")
+        self._require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more, below 1")
+        self._require(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
         self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
+        self._require(0 < self.holdout_fraction < 1, "holdout_fraction", "a share between 0 and 1")
         self._require(self.seed >= 0, "seed", "0 or more")
+        self._require(self.tensorboard != "", "tensorboard", "a folder")
+        self._check_heeded()
+
+    def _check_heeded(self) -> None:
+        """Raise a SettingsError if a setting is stated that would do nothing beside the others."""
+        for names, heeded, where in (
+            (("head_epochs",), self.mode == "staged", "--mode staged"),
+            (("lr_backbone", "layer_decay"), self.mode != "head", "a --mode that trains the backbone"),
+            (("step_size", "gamma"), self.schedule == "step", "--schedule step"),
+            (("momentum",), self.optimizer == "sgd", "--optimizer sgd"),
+            (("patience",), self.select_on != "none", "--select-on holdout or val"),
+            (("holdout_fraction",), self.select_on in (None, "holdout"), "--select-on holdout"),
+        ):
+            for name in names:
+                if not heeded and getattr(self, name) != getattr(FinetuneConfig, name):
+                    raise SettingsError(f"{name_option(name)} would do nothing here: it is of {where}")
 
 
 @dataclass(frozen=True, kw_only=True)

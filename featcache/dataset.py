@@ -535,7 +535,7 @@ def find_shared_images(listing: Listing) -> dict[str, list[str]]:
     }
 
 
-def _position(digest: str, seed: int) -> float:
+def _position(digest: str, seed: int | str) -> float:
     return int(hash_bytes(f"{seed}:{digest}".encode())[:13], 16) / 16**13
 
 
@@ -577,6 +577,37 @@ def split_by_content(
         if validation[members].all():
             validation[position == position[members].max()] = False
     return {"train": rows.take(~validation), "val": rows.take(validation)}
+
+
+def hold_out(rows: Split, classes: Sequence[str], share: float, seed: int) -> tuple[Split, Split]:
+    """Rows to train on, and others of the same split to choose by: so much of each class, but never all of it.
+
+    Which, the images' contents and the seed say; equal bytes stay together. It says nothing of the validation split:
+    other numbers are drawn for it.
+
+    Raises
+    ------
+    DatasetError
+        If no class has two images that differ.
+    """
+    position = np.array([_position(digest, f"holdout {seed}") for digest in rows.digests])
+    held = np.zeros(len(rows), dtype=bool)
+    for label in range(len(classes)):
+        members = np.flatnonzero(rows.labels == label)
+        if n := round(share * len(members)):
+            held[members] = position[members] <= np.sort(position[members])[n - 1]
+            if held[members].all():
+                held[members] = position[members] < position[members].max()
+    if not held.any():  # a few images of each: one of the largest class
+        largest = np.argsort(-np.bincount(rows.labels, minlength=len(classes)), kind="stable")
+        members = np.flatnonzero(rows.labels == largest[0])
+        held[members] = (position[members] == position[members].min()) & (position[members] < position[members].max())
+    if not held.any():
+        raise DatasetError(
+            "no class has two training images that differ, so none can be held out to choose the epoch by; add images, "
+            "or keep the last epoch with --select-on none"
+        )
+    return rows.take(~held), rows.take(held)
 
 
 def _hash_rows(

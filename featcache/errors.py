@@ -15,6 +15,7 @@
     ├── CacheError               a file that is not a feature cache, or a damaged one
     │   └── StaleCacheError      a cache made by another extractor
     ├── RunError                 a folder that is not a run, or another run, or one that does not fit
+    ├── TrainingError            a training that cannot go on: no number, no memory
     ├── OutputError              a place that cannot be written
     │   └── OutputBusyError      another process is writing there
     └── DownloadError            a download that failed or is not what it should be
@@ -81,6 +82,10 @@ class StaleCacheError(CacheError):
 
 class RunError(FeatcacheError):
     """The folder is not a run, holds another run, or does not fit what it is used with."""
+
+
+class TrainingError(FeatcacheError):
+    """A training cannot go on: its loss is no number, or the memory is too small."""
 
 
 class OutputError(FeatcacheError):

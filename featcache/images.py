@@ -10,8 +10,8 @@ import os
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -249,25 +249,6 @@ def _in_usual_order(image: Tensor) -> Tensor:
     return image.contiguous()
 
 
-def make_training_transform(preprocessing: Preprocessing) -> Transform:
-    """A random crop of random size, perhaps mirrored: RGB image -> (3, crop, crop) float32.
-
-    Of a clip all frames alike, to (3, T, crop, crop).
-
-    Source: the classic recipe, RandomResizedCrop and RandomHorizontalFlip of
-    https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html.
-    """
-    mode = transforms.InterpolationMode(preprocessing.interpolation)
-    transform: PictureTransform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(preprocessing.crop, interpolation=mode),
-            transforms.RandomHorizontalFlip(),
-            *_to_normalised_tensor(preprocessing),
-        ]
-    )
-    return ClipTransform(preprocessing.frames, transform, one_draw=True) if preprocessing.frames else transform
-
-
 def denormalise(images: Tensor, preprocessing: Preprocessing) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Network input (B, 3, H, W) back to pictures for people, (B, H, W, 3) float32 in [0, 1].
 
@@ -303,6 +284,8 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     digests
         N SHA-256 digests that the files' bytes must have, or None: a file that changed meanwhile is a bad one. Of a
         folder of frames all are read for it.
+    memory
+        Where decoded images are looked for, and kept, if there is one. Not of clips, nor of arrays of pixels.
     """
 
     def __init__(
@@ -313,9 +296,10 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         transform: Transform,
         labels: Sequence[int] | None = None,
         digests: Sequence[str] | None = None,
+        memory: ImageMemory | None = None,
     ) -> None:
         self.root, self.paths, self.transform = root, paths, transform
-        self.labels, self.digests = labels, digests
+        self.labels, self.digests, self.memory = labels, digests, memory
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -342,7 +326,13 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         """
         if isinstance(self.transform, ClipTransform):
             return self._load_clip(row, self.transform.frames)
-        return self.load(self.root / self.paths[row], None if self.digests is None else self.digests[row])
+        path = self.paths[row]
+        if self.memory is not None and (kept := self.memory.find(path)) is not None:
+            return kept
+        image = self.load(self.root / path, None if self.digests is None else self.digests[row])
+        if self.memory is not None and isinstance(image, Image.Image):
+            self.memory.keep(path, image)
+        return image
 
     def load(self, path: Path, digest: str | None) -> Decoded:
         """What the transform wants of an image file."""
@@ -371,6 +361,47 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         rows = torch.tensor([row for row, _, _ in good], dtype=torch.int64)
         labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
         return Batch(rows, images, labels, bad)
+
+
+class ImageMemory:
+    """Decoded images by their paths, kept while they fit.
+
+    Decoding processes that are forked see what was kept before, and keep nothing themselves; those that are not forked
+    have an empty one.
+
+    Parameters
+    ----------
+    limit
+        Bytes in all.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._lock = threading.Lock()
+        self._pixels: dict[str, NDArray[np.uint8]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def find(self, path: str) -> Image.Image | None:
+        """The image of this path, if it was kept."""
+        pixels = self._pixels.get(path)
+        return None if pixels is None else Image.fromarray(pixels)
+
+    def keep(self, path: str, image: Image.Image) -> None:
+        """Keep an RGB image, if it fits."""
+        size = 3 * image.width * image.height
+        if get_worker_info() is not None:
+            return
+        with self._lock:
+            if path in self._pixels or self.size + size > self.limit:
+                return
+            self.size += size
+        self._pixels[path] = np.array(image)
+
+    def __reduce__(self) -> tuple[type[ImageMemory], tuple[int]]:
+        """For another process: an empty one."""
+        return ImageMemory, (0,)
 
 
 class ViewRows(ImageRows):
@@ -484,8 +515,14 @@ def read_image(path: Path, digest: str | None = None) -> bytes:
 
 
 def make_loader(
-    rows: ImageRows, *, batch_size: int, workers: int | None = None, shuffle: bool = False, pin: bool = False
-) -> Iterable[Batch]:
+    rows: ImageRows,
+    *,
+    batch_size: int = 1,
+    batches: Sampler[Any] | None = None,
+    workers: int | None = None,
+    pin: bool = False,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
     """Batches of `rows`, decoded in `workers` processes, or in this one where `workers` is 0.
 
     Parameters
@@ -493,25 +530,28 @@ def make_loader(
     rows
         What to decode.
     batch_size
-        Rows per batch.
+        Rows per batch, in order.
+    batches
+        Which rows make a batch, in place of that.
     workers
         None chooses, see `choose_workers`.
-    shuffle
-        Another order each time, from torch's global random state.
     pin
         Page-locked batches, for copies to a GPU.
+    generator
+        Of the random numbers that a loader draws when it begins; None is torch's global one.
     """
     if workers is None:
         workers = choose_workers(len(rows), torch.device("cpu"))
-    loader: Iterable[Batch] = DataLoader(
+    how: dict[str, Any] = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
+    loader: DataLoader[Any] = DataLoader(
         rows,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        **how,
         num_workers=workers,
         collate_fn=rows.collate,
         pin_memory=pin,
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupt if workers else None,
+        generator=generator,
     )
     return loader
 
@@ -536,34 +576,39 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_checking_loader(
-    root: Path, paths: Sequence[str], *, workers: int | None = None, batch_size: int = 32, frames: int = 0
-) -> Iterable[Batch]:
-    """A loader that only decodes, images or so many frames of clips: its batches' `bad` are what cannot be used."""
-    transform = ClipTransform(frames, _nothing) if frames else _nothing
-    return make_loader(ImageRows(root, paths, transform=transform), batch_size=batch_size, workers=workers)
+def check_images(rows: ImageRows, *, threads: int | None = None, chunk: int = 32) -> Iterator[Batch]:
+    """Decode every image, or clip, in threads, and give the rows in order, without images; `bad` cannot be used.
+
+    What `rows` has a memory for is in it afterwards. No threads are those of all cores.
+    """
+    with ThreadPoolExecutor(max(threads or count_cores(), 1)) as pool:
+        for start in range(0, len(rows), chunk):
+            reasons = pool.map(lambda row: _find_reason(rows, row), range(start, min(start + chunk, len(rows))))
+            found = dict(enumerate(reasons, start))
+            bad = [BadImage(rows.paths[row], reason) for row, reason in found.items() if reason]
+            good = torch.tensor([row for row, reason in found.items() if not reason], dtype=torch.int64)
+            yield Batch(good, torch.empty(0), torch.empty(0), bad)
 
 
-def _nothing(image: Image.Image) -> Tensor:
+def decode_nothing(image: Image.Image) -> Tensor:
+    """A transform for those who only want to know whether images can be decoded."""
     del image
     return torch.zeros(0)
+
+
+def _find_reason(rows: ImageRows, row: int) -> str:
+    """Why a row cannot be used; "" if it can."""
+    try:
+        rows.decode(row)
+    except ImageError as error:
+        return str(error)
+    return ""
 
 
 def _ignore_interrupt(worker: int) -> None:
     """Let only the main process answer Ctrl-C: it stops the workers itself."""
     del worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _to_normalised_tensor(preprocessing: Preprocessing) -> list[Any]:
-    """RGB image -> tensor with the network's channels."""
-    order = {"RGB": [], "BGR": [_reverse_channels], "L": [transforms.Grayscale()]}[preprocessing.channels]
-    return [*order, transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-
-
-def _reverse_channels(image: Image.Image) -> Image.Image:
-    """RGB -> BGR."""
-    return Image.merge("RGB", image.split()[::-1])
 
 
 def enlarge(picture: np.ndarray[Any, np.dtype[np.uint8]], size: int) -> Image.Image:

@@ -28,19 +28,26 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
-    """Training and validation loss and accuracy by epoch."""
+    """Training loss and accuracy by epoch, and those of the images that were watched: validation, or held out."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     figure.suptitle(_plain(title))
-    epochs = [row["epoch"] for row in history]
+    watched = find_watched(history)
+    labels = {"train": "training (augmented)", "val": "validation", "holdout": "held-out training images"}
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, colour in (("train", COLOURS[0]), ("val", COLOURS[1])):
-            label = {"train": "training (augmented)", "val": "validation"}[split]
-            axes.plot(epochs, [row[f"{split}_{what}"] for row in history], "o-", ms=4, color=colour, label=label)
+        for split, colour in (("train", COLOURS[0]), (watched, COLOURS[1])):
+            rows = [row for row in history if row.get(f"{split}_{what}") is not None]
+            values = [row[f"{split}_{what}"] for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, "o-", ms=4, color=colour, label=labels[split])
         _label(axes, "epoch", f"{what} (nats)" if what == "loss" else what)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.axes[0].legend(frameon=False)
     return figure
+
+
+def find_watched(history: Sequence[Mapping[str, float]]) -> str:
+    """What was evaluated after each epoch: "val", or "holdout"."""
+    return "holdout" if "holdout_accuracy" in history[0] else "val"
 
 
 def draw_selection(
@@ -216,7 +223,7 @@ def draw_ranking(arms: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], lines: Mapping[str, float]) -> Figure:
-    """Validation accuracy by epoch for the arms that have epochs, and a level line for those that have none."""
+    """Accuracy by epoch for the arms that have epochs, on what each watched; a level line for those that have none."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     colours = iter(COLOURS * (1 + (len(histories) + len(lines)) // len(COLOURS)))
@@ -224,15 +231,15 @@ def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], line
         axes.axhline(value, color=next(colours), ls="--", label=f"{_plain(name)} (no epochs)")
     for name, history in histories.items():
         colour = next(colours)
-        epochs = [row["epoch"] for row in history]
-        axes.plot(epochs, [row["val_accuracy"] for row in history], "o-", ms=4, color=colour, label=_plain(name))
-        axes.plot(
-            epochs,
-            [row["train_accuracy"] for row in history],
-            ":",
-            color=colour,
-            label=f"{_plain(name)}, training (augmented)",
-        )
+        watched = find_watched(history)
+        what = f"{_plain(name)}{', held-out training images' if watched == 'holdout' else ''}"
+        for split, style, label in (
+            (watched, "o-", what),
+            ("train", ":", f"{_plain(name)}, training (augmented)"),
+        ):
+            rows = [row for row in history if row.get(f"{split}_accuracy") is not None]
+            values = [row[f"{split}_accuracy"] for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, style, ms=4, color=colour, label=label)
     _label(axes, "epoch", "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -15,16 +15,33 @@ from featcache.backbones import load_backbone
 from featcache.config import FinetuneConfig
 from featcache.dataset import list_dataset
 from featcache.errors import BadImagesError, OutputError, RunError, SettingsError
+from featcache.processes import ALONE
 from featcache.progress import SILENT
 from featcache.runs import read_history, read_predictions
-from featcache.stages.finetune import Trainee, prepare_network, train_network
+from featcache.stages.prepare_training import (
+    Trainee,
+    TrainingBatches,
+    WatchedBatches,
+    gather_samples,
+    make_recipe,
+    prepare_network,
+)
+from featcache.training import Trainer, Training
 
 TINY = {"backbone": "tiny", "weights": "none"}
 
 
 def make_trainee(photos: Path, **settings: object) -> Trainee:
     config = FinetuneConfig(**TINY, **settings)
-    return prepare_network(list_dataset(photos), load_backbone("tiny", weights="none"), config, torch.device("cpu"))
+    backbone, device = load_backbone("tiny", weights="none"), torch.device("cpu")
+    config = config.settle(has_test=False, clips=False, device="cpu", bfloat16=False)
+    samples = gather_samples(list_dataset(photos), backbone, config, ALONE, SILENT)
+    return prepare_network(samples, backbone, config, device)
+
+
+def train_network(trainee: Trainee) -> Training:
+    batches, watched = TrainingBatches(trainee), WatchedBatches(trainee, trainee.samples.watched)
+    return Trainer(trainee.network, batches, watched, make_recipe(trainee)).run()
 
 
 def batch_norm_statistics(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,25 +69,25 @@ def test_every_epoch_is_one_line_and_one_row(photos: Path, tmp_path: Path, tiny:
     featcache.finetune(photos, tmp_path / "run", epochs=3, progress=Listener(), **TINY)
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == len(read_history(tmp_path / "run/history.csv")) == 3
-    assert all(word in epochs[0] for word in ("1/3", "train loss", "val loss", "acc"))
+    assert all(word in epochs[0] for word in ("1/3", "train loss", "held out loss", "acc", "img/s", "left"))
 
 
 def test_the_best_validation_epoch_is_kept(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
-    record = featcache.finetune(photos, tmp_path / "run", epochs=4, lr=0.05, **TINY).record
+    record = featcache.finetune(photos, tmp_path / "run", epochs=4, lr=0.05, select_on="val", **TINY).record
     assert record.val_accuracy == max(row["val_accuracy"] for row in read_history(tmp_path / "run/history.csv"))
     assert "optimistic" in record.selection
 
 
-def test_freeze_leaves_the_backbone_bit_identical(photos: Path, tiny: type[TinyFamily]) -> None:
-    trainee = make_trainee(photos, epochs=2, freeze=True)
+def test_mode_head_leaves_the_backbone_bit_identical(photos: Path, tiny: type[TinyFamily]) -> None:
+    trainee = make_trainee(photos, epochs=2, mode="head")
     before = {name: value.clone() for name, value in trainee.network.state_dict().items()}
-    train_network(trainee, SILENT)
+    train_network(trainee)
     after = trainee.network.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["fc.weight", "fc.bias"]
 
 
-def test_freeze_trains_the_last_layer_only(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
-    record = featcache.finetune(photos, tmp_path / "run", epochs=1, freeze=True, **TINY).record
+def test_mode_head_trains_the_last_layer_only(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    record = featcache.finetune(photos, tmp_path / "run", epochs=1, mode="head", **TINY).record
     assert record.parameters == {"trainable": 8 * 2 + 2, "total": 3 * 8 * 9 + 16 + 8 * 2 + 2}
 
 
@@ -80,7 +97,7 @@ def test_batch_norm_statistics_move_only_where_they_are_trained(
 ) -> None:
     trainee = make_trainee(photos, epochs=1, batch_norm=batch_norm)
     before = batch_norm_statistics(trainee.network)
-    train_network(trainee, SILENT)
+    train_network(trainee)
     after = batch_norm_statistics(trainee.network)
     assert all(torch.equal(before[name], after[name]) for name in before) != moves
 
@@ -88,7 +105,7 @@ def test_batch_norm_statistics_move_only_where_they_are_trained(
 def test_all_parameters_are_trained_by_default(photos: Path, tiny: type[TinyFamily]) -> None:
     trainee = make_trainee(photos, epochs=1)
     before = {name: value.clone() for name, value in trainee.network.named_parameters()}
-    train_network(trainee, SILENT)
+    train_network(trainee)
     assert not [name for name, value in trainee.network.named_parameters() if torch.equal(before[name], value)]
 
 

@@ -30,7 +30,9 @@ NOUNS: dict[str, set[str]] = {
     "views": set(),
     "recall": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
-    "training": set(),
+    "training": {"processes"},  # those that train together
+    "processes": set(),
+    "augmentation": {"images", "preprocessing"},  # rows that are augmented; the size of the crop
     "plots": set(),
     "runs": set(),
     "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights
@@ -51,10 +53,10 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"clips", "decoding", "images", "pictures"},
+    "PIL": {"augmentation", "clips", "decoding", "images", "pictures"},
     "simplejpeg": {"decoding"},
     "av": {"clips"},
-    "torchvision": {"backbones", "images"},
+    "torchvision": {"augmentation", "backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
     "matplotlib": {"plots"},
     "click": {"cli"},
@@ -67,7 +69,7 @@ OWNERS = {
     "onnxruntime": {"backbones", "runtime"},
     "openvino": {"runtime"},
     "scipy": {"heads", "metrics"},
-    "safetensors": {"backbones", "bundle"},
+    "safetensors": {"backbones", "bundle", "training"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import random
 import struct
 import time
@@ -19,6 +20,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.models import ResNet18_Weights
 
+from featcache.augmentation import make_training_transform
 from featcache.clips import CLIP_RULES, choose_frames
 from featcache.dataset import hash_clip
 from featcache.decoding import MAX_PIXELS, RULES, decode_image
@@ -27,15 +29,16 @@ from featcache.files import hash_bytes
 from featcache.images import (
     Batch,
     ClipTransform,
+    ImageMemory,
     ImageRows,
+    check_images,
     choose_workers,
     count_cores,
+    decode_nothing,
     denormalise,
     enlarge,
-    make_checking_loader,
     make_evaluation_transform,
     make_loader,
-    make_training_transform,
     save_png,
 )
 from featcache.preprocessing import Preprocessing
@@ -559,30 +562,57 @@ def test_worker_processes_give_the_same_rows_in_the_same_order(folder: Path) -> 
         assert one.bad == other.bad
 
 
-def test_a_shuffled_loader_keeps_image_and_label_together(folder: Path) -> None:
-    torch.manual_seed(0)
-    (batch,) = make_loader(make_rows(folder), batch_size=7, workers=0, shuffle=True)
-    assert batch.rows.tolist() != sorted(batch.rows.tolist())
-    assert batch.labels.tolist() == [100 + row for row in batch.rows.tolist()]
-    assert greys(batch) == [10 * row for row in batch.rows.tolist()]
-
-
-def test_the_order_of_a_shuffled_loader_follows_the_seed(folder: Path) -> None:
-    def order(seed: int) -> list[int]:
-        torch.manual_seed(seed)
-        return [
-            row for batch in make_loader(make_rows(folder), batch_size=2, shuffle=True) for row in batch.rows.tolist()
-        ]
-
-    assert order(1) == order(1)
-    assert len({tuple(order(seed)) for seed in range(5)}) > 1
-
-
-def test_the_checking_loader_names_exactly_the_bad_files(folder: Path) -> None:
-    batches = make_checking_loader(folder, [f"{i}.png" for i in range(7)], workers=0, batch_size=4)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_checking_images_names_exactly_the_bad_files(folder: Path, threads: int) -> None:
+    rows = ImageRows(folder, [f"{i}.png" for i in range(7)], transform=decode_nothing)
+    batches = list(check_images(rows, threads=threads, chunk=4))
+    assert [len(batch) for batch in batches] == [4, 3]
+    assert [row for batch in batches for row in batch.rows.tolist()] == [0, 1, 3, 5, 6]
     bad = [item for batch in batches for item in batch.bad]
     assert [item.path for item in bad] == ["2.png", "4.png"]
     assert all(isinstance(item, BadImage) and item.reason for item in bad)
+
+
+def test_a_file_that_changed_since_it_was_listed_is_a_bad_one_when_it_is_checked(folder: Path) -> None:
+    digests = [hash_bytes((folder / f"{i}.png").read_bytes()) for i in (0, 1)]
+    (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
+    rows = ImageRows(folder, ["0.png", "1.png"], transform=decode_nothing, digests=digests)
+    assert [item.path for batch in check_images(rows) for item in batch.bad] == ["1.png"]
+
+
+# --- images that stay in memory ---------------------------------------------------------------------------------------
+
+
+def make_remembering(folder: Path, memory: ImageMemory) -> ImageRows:
+    return ImageRows(folder, ["0.png", "1.png", "3.png"], transform=make_evaluation_transform(SMALL), memory=memory)
+
+
+def test_an_image_that_is_kept_is_the_same_and_is_not_read_again(folder: Path) -> None:
+    memory = ImageMemory(10**6)
+    rows, plain = make_remembering(folder, memory), make_remembering(folder, ImageMemory(0))
+    first = [rows[i][1] for i in range(3)]
+    assert len(memory) == 3
+    assert all(torch.equal(mine, other[1]) for mine, other in zip(first, (plain[i] for i in range(3)), strict=True))
+    (folder / "0.png").unlink()
+    assert torch.equal(rows[0][1], first[0])
+    assert isinstance(plain[0][1], str)
+
+
+def test_memory_holds_no_more_than_its_limit(folder: Path) -> None:
+    with Image.open(folder / "0.png") as image:
+        size = 3 * image.width * image.height
+    memory = ImageMemory(2 * size)
+    rows = make_remembering(folder, memory)
+    for i in (0, 1, 2, 0, 1, 2):
+        assert isinstance(rows[i][1], torch.Tensor)
+    assert (len(memory), memory.size) == (2, 2 * size)
+
+
+def test_another_process_that_is_not_forked_gets_an_empty_memory(folder: Path) -> None:
+    memory = ImageMemory(10**6)
+    assert isinstance(make_remembering(folder, memory)[0][1], torch.Tensor)
+    copied = pickle.loads(pickle.dumps(memory))
+    assert (len(memory), len(copied), copied.limit) == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -706,7 +736,7 @@ def test_clips_and_bad_ones_keep_their_rows(tmp_path: Path, workers: int) -> Non
     bad = [BadImage("clip2", "frame f1.png: empty file (0 bytes)")]
     bad.append(BadImage("clip4", "cannot be read: No such file or directory"))
     assert [item for batch in batches for item in batch.bad] == bad
-    checked = make_checking_loader(tmp_path, paths, workers=workers, frames=4)
+    checked = check_images(ImageRows(tmp_path, paths, transform=ClipTransform(4, decode_nothing)), threads=workers + 1)
     assert [item for batch in checked for item in batch.bad] == bad
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from featcache.training import (
     Batches,
     Epoch,
     Recipe,
+    Stage,
     TensorBatches,
     evaluate,
     set_mode_all,
@@ -44,12 +46,21 @@ def make_network(seed: int = 0) -> nn.Sequential:
 
 
 def make_recipe(
-    network: nn.Module, epochs: int, *, lr: float = 0.05, mode: Callable[[nn.Module], None] = set_mode_all
+    epochs: int, *, lr: float = 0.05, mode: Callable[[nn.Module], None] = set_mode_all, **settings: Any
 ) -> Recipe:
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
-    return Recipe(optimizer=optimizer, scheduler=scheduler, epochs=epochs, set_training_mode=mode)
+    def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+        wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(wanted, lr=lr, momentum=0.9)
+
+    stage = Stage(
+        name="all",
+        epochs=epochs,
+        choose_parameters=lambda network: None,
+        set_training_mode=mode,
+        make_optimizer=make_optimizer,
+        make_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.StepLR(optimizer, 2 * steps, 0.1),
+    )
+    return Recipe(stages=(stage,), **settings)
 
 
 def copy_state(network: nn.Module) -> dict[str, Tensor]:
@@ -104,7 +115,7 @@ def test_the_loop_is_the_tutorials_bit_for_bit(seed: int) -> None:
     lines = train_like_the_tutorial(plain, train_rows, val_rows, epochs=5)
     torch.manual_seed(9)
     batches = TensorBatches(*train_rows, 4, shuffle=True), TensorBatches(*val_rows, 4)
-    training = train(mine, *batches, make_recipe(mine, 5))
+    training = train(mine, *batches, make_recipe(5))
     assert name_changes(mine, plain.state_dict()) == set()
     assert name_changes(mine, make_network(seed).state_dict()) >= {"0.weight", "1.running_mean", "4.bias"}
     found = [[e.lr, e.train_loss, e.train_accuracy, e.val_loss, e.val_accuracy] for e in training.history]
@@ -114,9 +125,7 @@ def test_the_loop_is_the_tutorials_bit_for_bit(seed: int) -> None:
 def test_the_history_has_a_line_an_epoch_and_the_schedule_in_it() -> None:
     network, rows, told = make_network(), make_rows(20), []
     batches = TensorBatches(*rows, 8)
-    training = train(
-        network, batches, batches, make_recipe(network, 5), on_epoch=lambda epoch, best: told.append((epoch, best))
-    )
+    training = train(network, batches, batches, make_recipe(5), on_epoch=lambda epoch, best: told.append((epoch, best)))
     assert [epoch.epoch for epoch in training.history] == [1, 2, 3, 4, 5]
     assert [epoch.lr for epoch in training.history] == pytest.approx([0.05, 0.05, 0.005, 0.005, 0.0005])
     assert [epoch for epoch, _ in told] == list(training.history)
@@ -154,7 +163,7 @@ class ScriptedValidation:
 def test_the_network_is_left_with_the_weights_of_its_best_epoch(shares: list[float], best: int) -> None:
     network = make_network()
     validation = ScriptedValidation(network, shares)
-    training = train(network, TensorBatches(*make_rows(20), 4), validation, make_recipe(network, 3))
+    training = train(network, TensorBatches(*make_rows(20), 4), validation, make_recipe(3))
     assert [epoch.val_accuracy for epoch in training.history] == shares
     assert training.best is training.history[best - 1]
     assert name_changes(network, validation.states[best - 1]) == set()
@@ -173,7 +182,7 @@ def test_a_loss_that_is_no_number_ends_the_training_and_names_the_learning_rate(
             network,
             batches,
             batches,
-            make_recipe(network, 3, lr=0.25),
+            make_recipe(3, lr=0.25),
             on_epoch=lambda epoch, is_best: told.append(epoch),
         )
     assert "\n" not in str(caught.value)
@@ -187,14 +196,14 @@ def test_a_learning_rate_far_too_large_is_noticed_in_the_epoch_it_happens() -> N
     with pytest.raises(
         FeatcacheError, match=r"the loss is no longer a number in epoch \d .*; try a smaller --lr than 1e\+06"
     ):
-        train(network, batches, batches, make_recipe(network, 9, lr=1e6))
+        train(network, batches, batches, make_recipe(9, lr=1e6))
 
 
 def test_a_last_step_that_breaks_the_network_is_noticed_too() -> None:
     network, (inputs, labels) = nn.Linear(D, N_CLASSES), make_rows(8)
     batches = TensorBatches(100 * inputs, labels, 8)
     with pytest.raises(FeatcacheError, match="--lr"):
-        train(network, batches, batches, make_recipe(network, 1, lr=1e38))
+        train(network, batches, batches, make_recipe(1, lr=1e38))
 
 
 # --- modes ------------------------------------------------------------------------------------------------------------
@@ -205,7 +214,7 @@ STATISTICS = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
 def train_in_mode(mode: Callable[[nn.Module], None], network: nn.Module) -> set[str]:
     """Names of the tensors that two epochs change."""
     before, batches = copy_state(network), TensorBatches(*make_rows(30), 8)
-    train(network, batches, batches, make_recipe(network, 2, mode=mode))
+    train(network, batches, batches, make_recipe(2, mode=mode))
     return name_changes(network, before)
 
 
@@ -240,7 +249,7 @@ def test_the_mode_is_set_anew_after_each_evaluation() -> None:
     network, seen = make_network(), []
     network[0].register_forward_hook(lambda *_: seen.append((network.training, network[1].training)))
     batches = TensorBatches(*make_rows(8), 8)
-    train(network, batches, batches, make_recipe(network, 2, mode=set_mode_fixed_batch_norm))
+    train(network, batches, batches, make_recipe(2, mode=set_mode_fixed_batch_norm))
     assert seen == [(True, False), (False, False)] * 2
 
 
@@ -271,7 +280,7 @@ def test_training_accuracy_and_loss_weigh_the_last_short_batch_by_its_rows() -> 
     with torch.no_grad():
         logits = network(inputs)
     batches: Batches = TensorBatches(inputs, labels, 4)
-    first: Epoch = train(network, batches, batches, make_recipe(network, 1, lr=1e-12)).history[0]
+    first: Epoch = train(network, batches, batches, make_recipe(1, lr=1e-12)).history[0]
     assert first.train_loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
     assert first.train_accuracy == int((logits.argmax(1) == labels).sum()) / 7
 

@@ -186,7 +186,14 @@ def test_the_fine_tuned_logits_of_resnet18_are_those_of_plain_torchvision_bit_fo
     plain = make_original("resnet18")
     torch.save(plain.state_dict(), tmp_path / "w.pth")
     run = finetune(
-        two_classes, tmp_path / "run", weights=str(tmp_path / "w.pth"), epochs=2, batch_size=4, workers=0, seed=5
+        two_classes,
+        tmp_path / "run",
+        weights=str(tmp_path / "w.pth"),
+        epochs=2,
+        batch_size=4,
+        workers=0,
+        seed=5,
+        select_on="val",
     )
 
     torch.manual_seed(5)

@@ -22,6 +22,7 @@ from featcache.errors import OutputBusyError, OutputError
 from featcache.progress import SILENT, Progress
 
 PROGRAM = "featcache extract"
+WAITING = {"extracted": "wait for it with --wait"}  # what has such an option
 LEASE_SECONDS = 120.0
 # What flock says where it is not to be had: no locks, not supported, and Linux's own ENOTSUPP of some NFS servers.
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 524}
@@ -37,17 +38,21 @@ def lock_path(output: Path) -> Path:
 
 
 @contextlib.contextmanager
-def hold_output(output: Path, *, wait: bool = False, progress: Progress = SILENT) -> Iterator[None]:
-    """Be the only one who extracts into `output` while the block lasts.
+def hold_output(
+    output: Path, *, wait: bool = False, progress: Progress = SILENT, doing: str = "extracted"
+) -> Iterator[None]:
+    """Be the only one who works on `output` while the block lasts.
 
     Parameters
     ----------
     output
-        The cache file; its folder is there.
+        The cache file, or a run's folder; the folder that it is in is there.
     wait
         Wait for another to finish, for as long as it takes, instead of stopping.
     progress
         Told of the waiting.
+    doing
+        What is being done to it, for the message.
 
     Raises
     ------
@@ -56,7 +61,7 @@ def hold_output(output: Path, *, wait: bool = False, progress: Progress = SILENT
     OutputError
         If a lock cannot be made there at all.
     """
-    lock = _acquire(output, wait, progress)
+    lock = _acquire(output, wait, progress, doing)
     try:
         with contextlib.suppress(OSError):  # on Windows its own lock keeps it from being written: nobody is named
             if not isinstance(lock, SoftFileLease):
@@ -105,7 +110,7 @@ def is_lock(path: Path) -> bool:
     return False
 
 
-def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
+def _acquire(output: Path, wait: bool, progress: Progress, doing: str) -> BaseFileLock:
     path = lock_path(output)
     strange = os.path.lexists(path) and not is_lock(path)
     try:
@@ -125,13 +130,14 @@ def _acquire(output: Path, wait: bool, progress: Progress) -> BaseFileLock:
             with contextlib.suppress(Timeout):
                 return _lock(output, ORPHAN_SECONDS)
         if wait:
-            progress.say(f"{output} is being extracted by {_name(holder)}; waiting for it")
+            progress.say(f"{output} is being {doing} by {_name(holder)}; waiting for it")
             return _lock(output, -1)
     except OSError as error:
         reason = f"{path.name}: {error.strerror or error}"
         raise OutputError(f"cannot lock {output}: {reason}; choose another place with -o") from error
     raise OutputBusyError(
-        f"{output} is being extracted by {_name(holder)}; wait for it with --wait, or choose another place with -o"
+        f"{output} is being {doing} by {_name(holder)}; {WAITING.get(doing, 'wait for it')}, or choose another place "
+        f"with -o"
     )
 
 

@@ -37,10 +37,12 @@ from featcache.extras import is_installed
 from featcache.images import ImageRows, choose_workers, count_cores, make_loader
 from featcache.runtime.devices import (
     choose_batch_size,
+    has_bfloat16,
     is_foreign,
     keep_freed_memory,
     select_device,
     spread_device,
+    training_settings,
     use_threads,
     whole_float32,
 )
@@ -68,10 +70,12 @@ __all__ = [
     "choose_batch_size",
     "choose_runtime",
     "find_ranges",
+    "has_bfloat16",
     "keep_freed_memory",
     "prepare_execution",
     "run_network",
     "select_device",
+    "training_settings",
 ]
 
 FLOAT32 = {"compute": "float32"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 
 import torch
@@ -107,3 +108,26 @@ def use_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def training_settings(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """Torch's switches for training, meanwhile: on CUDA the fastest convolutions, or only what is deterministic.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/randomness.html.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device computes in bfloat16 by itself, from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8

@@ -49,8 +49,8 @@ def make_predictions(split: Split, probabilities: NDArray[np.float64]) -> Predic
     )
 
 
-def describe_accuracy(predictions: Mapping[str, Predictions], train_accuracy: float) -> dict[str, Any]:
-    """The record's `accuracy`: "train" as a share; the held-out splits with n, correct, and what else is measured."""
+def describe_accuracy(predictions: Mapping[str, Predictions], train_accuracy: float | None) -> dict[str, Any]:
+    """The record's `accuracy`: "train" as a share, if it is known; the held-out splits with all that is measured."""
     described: dict[str, Any] = {"train": train_accuracy}
     return described | {name: describe_predictions(one) for name, one in predictions.items()}
 

@@ -1,37 +1,33 @@
-"""The other way: the whole network trained on the images, end to end, by the classic recipe."""
+"""The other way: the whole network trained on the images, end to end, by the classic recipe or a better one."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from featcache import files
-from featcache.backbones import Backbone, attach_classifier, check_trainable, load_backbone
+from featcache.backbones import Backbone, check_trainable, load_backbone
 from featcache.bundle import save_network
-from featcache.clips import check_video_support
+from featcache.cache import hold_output
 from featcache.config import RUNS_DIR, FinetuneConfig
-from featcache.dataset import Listing, Split, check_root, describe_data, list_dataset, summarise
-from featcache.errors import BadImage, BadImagesError, DatasetError
-from featcache.images import (
-    ImageRows,
-    Transform,
-    make_checking_loader,
-    make_evaluation_transform,
-    make_loader,
-    make_training_transform,
-)
+from featcache.dataset import Split, check_root, describe_data
+from featcache.errors import BadImage, BadImagesError, RunError, TrainingError
+from featcache.extras import import_extra
+from featcache.images import ImageRows, make_evaluation_transform
 from featcache.metrics import to_probabilities
 from featcache.plots import draw_curves, save_figure
 from featcache.preprocessing import InputFormat
+from featcache.processes import Processes, choose_local_device, join_processes
 from featcache.progress import SILENT, Progress
+from featcache.report import format_seconds
 from featcache.runs import (
     PeakMemory,
     Predictions,
@@ -39,64 +35,30 @@ from featcache.runs import (
     decide_run,
     describe_environment,
     identify,
+    list_changes,
     read_record,
     write_history,
     write_record,
 )
-from featcache.runtime import keep_freed_memory, run_network, select_device
+from featcache.runtime import has_bfloat16, run_network, select_device, training_settings
 from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
 from featcache.stages.plan import take_backbone
-from featcache.training import (
-    Epoch,
-    Recipe,
-    Training,
-    set_mode_all,
-    set_mode_fixed_batch_norm,
-    set_mode_frozen,
-    train,
+from featcache.stages.prepare_training import (
+    Probe,
+    Samples,
+    Trainee,
+    TrainingBatches,
+    WatchedBatches,
+    fit_probe,
+    gather_samples,
+    list_samples,
+    make_recipe,
+    prepare_network,
 )
+from featcache.training import Checkpoints, Epoch, State, Trainer, Training, keep_if_due
 
-MODES = {"train": set_mode_all, "fixed": set_mode_fixed_batch_norm}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainee:
-    """A network made ready to be trained on a listing.
-
-    Attributes
-    ----------
-    network
-        (B, 3, H, W) -> logits (B, C); the parameters that want a gradient are the trained ones.
-    backbone
-        What it was made from.
-    listing
-        The images.
-    device
-        Where it trains.
-    config
-        How.
-    """
-
-    network: nn.Module
-    backbone: Backbone
-    listing: Listing
-    device: torch.device
-    config: FinetuneConfig
-
-    @property
-    def batch_norm(self) -> tuple[str, str]:
-        """What BatchNorm does, "train" or "fixed", and why."""
-        if self.config.freeze:
-            return "fixed", "the frozen network stays in evaluation mode, BatchNorm and all"
-        if self.config.batch_norm == "auto":
-            return self.backbone.batch_norm
-        return self.config.batch_norm, f"BatchNorm statistics: {self.config.batch_norm}, as asked for"
-
-    @property
-    def title(self) -> str:
-        """A few words for tables and figures."""
-        how = "last layer through the frozen" if self.config.freeze else "fine-tuned"
-        return f"{how} {self.backbone.name}, {self.config.epochs} epoch{'' if self.config.epochs == 1 else 's'}"
+HISTORY = "history.csv"
+WRITING_SECONDS = 2.0  # that plots and files take at the end
 
 
 def finetune(
@@ -106,9 +68,13 @@ def finetune(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> Run:
-    """Train a network on the images of a folder, keep its best validation weights, and evaluate them.
+    """Train a network on the images of a folder, keep the weights of one epoch, and evaluate them.
 
-    The very same run at the output already (settings, images and weights) is not trained again.
+    The very same run at the output already (settings, images and weights) is not trained again. One that was begun and
+    not finished lies in OUTPUT.checkpoint and is taken up again: on a CPU the weights come out bit for bit as if it
+    had never been interrupted.
+
+    Started by torchrun, all processes train one network, each on its share of every batch; the first one writes.
 
     Parameters
     ----------
@@ -132,7 +98,10 @@ def finetune(
     BadImagesError
         If files cannot be used as images and `skip_bad` is not set; found before the training begins.
     RunError, OutputError
-        If something else lies at the output and `force` is not set, or it cannot be written.
+        If something else, or an unfinished run with other settings, lies at the output and `force` is not set, or it
+        cannot be written.
+    TrainingError
+        If the loss is no longer a number, or the memory is too small.
     BackboneError, DeviceError, MissingExtraError
         If the network or the device cannot be had.
 
@@ -147,7 +116,76 @@ def finetune(
     check_trainable(config.backbone)
     files.check_folder_writable(output.parent, output)
     check_root(Path(data))
-    device = select_device(config.device)
+    if config.tensorboard:
+        import_extra("tensorboard", extra="tensorboard", what="--tensorboard needs")
+    device = select_device(choose_local_device(config.device))
+    with (
+        training_settings(device, deterministic=config.deterministic),
+        join_processes(device) as processes,
+        hold_output(output, doing="trained") if processes.is_first else contextlib.nullcontext(),
+    ):
+        job = prepare_job(data, output, config, given, device, processes, progress if processes.is_first else SILENT)
+        if isinstance(job, Run):
+            return job
+        job.started = started
+        with explaining_failures(config):
+            return do_job(job, memory)
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run that is to be made.
+
+    Attributes
+    ----------
+    data, output
+        From where, to where.
+    samples, backbone, config, device, processes, progress
+        As in `Trainee`.
+    identity
+        What makes it this run.
+    checkpoints
+        Where it is kept meanwhile.
+    before
+        What the sessions before this one left: seconds, notes.
+    started
+        On the clock of `time.perf_counter`.
+    """
+
+    data: Path | str
+    output: Path
+    samples: Samples
+    backbone: Backbone
+    config: FinetuneConfig
+    device: torch.device
+    processes: Processes
+    progress: Progress
+    identity: dict[str, Any]
+    checkpoints: Checkpoints
+    before: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "probe": None, "notes": []})
+    started: float = 0.0
+
+    def count_seconds(self) -> float:
+        """What all of it has taken up to now, with what was done before an interruption."""
+        return time.perf_counter() - self.started + float(self.before["seconds"])
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint should know beside the state of the training."""
+        return {**self.before, "seconds": self.count_seconds(), "environment": describe_machine()}
+
+
+def prepare_job(
+    data: Path | str,
+    output: Path,
+    config: FinetuneConfig,
+    given: Backbone | None,
+    device: torch.device,
+    processes: Processes,
+    progress: Progress,
+) -> Job | Run:
+    """Everything up to the decision whether there is anything to be done; a finished run if there is not."""
+    if not processes.is_first:
+        processes.share(None)  # the first one downloads
     backbone = copy.deepcopy(given) or load_backbone(  # training must leave alone what was given
         config.backbone,
         weights=config.weights,
@@ -155,204 +193,388 @@ def finetune(
         images=InputFormat(**config.image_settings()),
         progress=progress,
     )
+    if processes.is_first:
+        processes.share(None)
     listing = list_samples(data, backbone, config, progress)
-    listing, bad = leave_out_bad(listing, backbone, config, progress)
-    extractor = backbone.describe()
-    identity = identify("finetune", config.result_settings(), describe_data(listing), extractor)
-    if decide_run(output, identity, force=config.force) == "reuse":
-        progress.say(f"{output} is this very run already; --force trains it again")
-        return Run(folder=output, record=read_record(output), reused=True, left_out=tuple(bad))
-    trainee = prepare_network(listing, backbone, config, device)
+    config = config.settle(
+        has_test="test" in listing.splits,
+        clips=backbone.preprocessing.frames > 0,
+        device=device.type,
+        bfloat16=has_bfloat16(device),
+    )
+    samples = gather_samples(listing, backbone, config, processes, progress)
+    identity = identify("finetune", config.result_settings(), describe_data(samples.listing), backbone.describe())
+    job = Job(
+        data=data,
+        output=output,
+        samples=samples,
+        backbone=backbone,
+        config=config,
+        device=device,
+        processes=processes,
+        progress=progress,
+        identity=identity,
+        checkpoints=Checkpoints(name_checkpoint(output), identity, every_seconds=config.checkpoint_every),
+    )
+    if processes.share(decide_run(output, identity, force=config.force) if processes.is_first else "") != "reuse":
+        return job
+    if processes.is_first:
+        discard_checkpoint(job)  # it was killed after its last step
+    progress.say(f"{output} is this very run already; --force trains it again")
+    return Run(folder=output, record=read_record(output), reused=True, left_out=samples.bad)
+
+
+def do_job(job: Job, memory: PeakMemory) -> Run:
+    """Train, evaluate and write."""
+    config, processes, progress = job.config, job.processes, job.progress
+    found = find_checkpoint(job)
+    probe = provide_probe(job) if config.mode == "lp-ft" and found is None else None
+    trainee = prepare_network(job.samples, job.backbone, config, job.device, processes, probe)
     progress.say(f"{trainee.title}; {trainee.batch_norm[1]}")
-    prepared = time.perf_counter()
-    training = train_network(trainee, progress)
-    trained = time.perf_counter()
-    predictions = {name: predict_split(trainee, split) for name, split in listing.splits.items() if name != "train"}
-    seconds = {
-        "preparation": prepared - started,
-        "training": trained - prepared,
-        "evaluation": time.perf_counter() - trained,
+    if probe is not None:
+        progress.say(probe.words)
+    trainer = make_trainer(trainee, job)
+    if found is not None:
+        take_up(trainer, job, *found)
+    training = run_training(trainer, job)
+    trained = job.count_seconds()
+    splits = job.samples.listing.splits
+    predictions = {name: predict_split(trainee, split) for name, split in splits.items() if name != "train"}
+    record = describe_run(trainee, job, training, predictions)
+    seconds = count_seconds(job, training, trained)
+    record = replace(record, seconds=seconds, peak_memory_bytes=memory.read())
+    if processes.is_first:
+        with files.fill_folder(job.output) as folder:
+            write_finetune_run(folder, record, trainee, training, predictions)
+        discard_checkpoint(job)
+    processes.share(None)  # nobody goes before all is written
+    return Run(folder=job.output, record=record, left_out=job.samples.bad)
+
+
+def provide_probe(job: Job) -> Probe:
+    """The linear head that lp-ft begins with; of several processes the first one fits it for all."""
+    probe = None
+    if job.processes.is_first:
+        probe = fit_probe(job.data, job.samples, job.config, job.device, job.progress)
+    probe = job.processes.share(probe)
+    assert probe is not None
+    job.before["probe"] = {
+        "words": probe.words,
+        "extraction": probe.extraction_seconds,
+        "head": probe.seconds,
+        "waited": probe.waited_seconds,
     }
-    best = training.best
-    record = RunRecord(
-        kind="finetune",
-        title=trainee.title,
-        settings=config.result_settings(),
-        data=describe_data(listing),
-        extractor=extractor,
-        seconds={**seconds, "total": sum(seconds.values()), "per_epoch": seconds["training"] / config.epochs},
-        peak_memory_bytes=memory.read(),
-        parameters=count_parameters(trainee.network),
-        accuracy=describe_accuracy(predictions, best.train_accuracy),
-        selection=f"weights of epoch {best.epoch} of {config.epochs}, the best on the validation split, whose accuracy "
-        f"is therefore optimistic",
-        device=str(device),
-        environment=describe_environment(),
-        notes=[trainee.batch_norm[1], *describe_left_out(bad)],
-    )
-    with files.fill_folder(output) as folder:
-        write_finetune_run(folder, record, trainee, training, predictions)
-    return Run(folder=output, record=record, left_out=tuple(bad))
+    return probe
 
 
-def list_samples(data: Path | str, backbone: Backbone, config: FinetuneConfig, progress: Progress) -> Listing:
-    """The images, or the clips, that the backbone takes."""
-    clips = backbone.preprocessing.frames > 0
-    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress, clips=clips)
-    for line in summarise(listing):
-        progress.say(line)
-    if clips:
-        check_video_support(str(listing.root / path) for path in listing.paths())
-    return listing
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def leave_out_bad(
-    listing: Listing, backbone: Backbone, config: FinetuneConfig, progress: Progress
-) -> tuple[Listing, list[BadImage]]:
-    """Decode every image once, so that a bad one is known now and not in the middle of an epoch.
+def name_checkpoint(output: Path) -> Path:
+    """Where an unfinished run is kept."""
+    return output.with_name(f"{output.name}.checkpoint")
+
+
+def find_checkpoint(job: Job) -> tuple[State, dict[str, Any]] | None:
+    """What an interrupted run left, if there is one and it is to be taken up.
 
     Raises
     ------
-    BadImagesError
-        If there are bad ones and `skip_bad` is not set.
+    RunError
+        If it is of other settings, images or weights and `force` is not set, or it is damaged.
     """
-    loader = make_checking_loader(
-        listing.root, listing.paths(), workers=config.workers, frames=backbone.preprocessing.frames
-    )
-    bad = list(listing.bad)
-    for batch in progress.track(loader, total=len(listing), what="checking images"):
-        bad += batch.bad
-    if bad and not config.skip_bad:
-        raise BadImagesError(bad)
-    return listing.without(bad), bad
+    folder = job.checkpoints.folder
+    description = job.checkpoints.read() if job.config.resume else None
+    if description is None or (job.config.force and description["identity"] != job.identity):
+        if job.processes.share(None) is None and job.processes.is_first:
+            discard_checkpoint(job)
+        return None
+    if changes := list_changes(description["identity"], job.identity):
+        raise RunError(
+            f"{folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it with those, name "
+            f"another place with -o, or discard it with --force"
+        )
+    return job.checkpoints.find()
 
 
-def prepare_network(listing: Listing, backbone: Backbone, config: FinetuneConfig, device: torch.device) -> Trainee:
-    """Seed torch, put a fresh last layer on the backbone, and decide which parameters are trained.
+def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -> None:
+    """Let a training go on where it was left."""
+    job.before = {name: value for name, value in more.items() if name != "environment"}
+    try:
+        trainer.load_state(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"{job.checkpoints.folder} does not fit this network ({type(error).__name__}: {error}); --no-resume starts "
+            f"again"
+        ) from error
+    progress = trainer.progress
+    where = f"epoch {progress.epoch + 1}, step {progress.batches}" if progress.images else f"epoch {progress.epoch}"
+    job.progress.say(f"{job.checkpoints.folder}: goes on after {where}")
+    if changes := list_changes(flatten(more["environment"]), flatten(describe_machine())):
+        note = (
+            f"taken up again with another environment ({'; '.join(changes)}): the weights may differ in the last bits"
+        )
+        job.progress.say(note)
+        job.before["notes"] = [*job.before["notes"], note]
 
-    Raises
-    ------
-    DatasetError
-        If there is only one class.
-    """
-    if len(listing.classes) < 2:
-        raise DatasetError(f"a classifier needs at least 2 classes; {listing.root} has {len(listing.classes)}")
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.manual_seed(config.seed)
-    network, classifier = attach_classifier(backbone, len(listing.classes))
-    network.requires_grad_(not config.freeze)
-    network.get_submodule(classifier).requires_grad_(True)
-    return Trainee(network=network.to(device), backbone=backbone, listing=listing, device=device, config=config)
+
+def discard_checkpoint(job: Job) -> None:
+    """Remove what lies in the checkpoint's folder and is ours."""
+    files.disk.remove(job.checkpoints.folder / HISTORY)
+    job.checkpoints.remove()
 
 
-def train_network(trainee: Trainee, progress: Progress) -> Training:
-    """Train by the recipe; the network has its best validation weights afterwards."""
-    config, splits = trainee.config, trainee.listing.splits
-    parameters = [p for p in trainee.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum)
-    recipe = Recipe(
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma),
-        epochs=config.epochs,
-        set_training_mode=set_mode_frozen if config.freeze else MODES[trainee.batch_norm[0]],
-    )
-    preprocessing = trainee.backbone.preprocessing
-    epochs = EpochCounter(config.epochs, progress)
-    return train(
+def describe_machine() -> dict[str, Any]:
+    """What decides the last bits: versions, threads, platform."""
+    return {**describe_environment(), "threads": torch.get_num_threads()}
+
+
+def flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """An environment with its versions beside the rest."""
+    return {**{name: value for name, value in environment.items() if name != "versions"}, **environment["versions"]}
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(trainee: Trainee, job: Job) -> Trainer:
+    """What trains the network on its images."""
+    budget, n_reported = trainee.config.time_budget, len(job.samples.listing) - len(job.samples.listing.splits["train"])
+    n_watched, n_processes = len(job.samples.watched), job.processes.size
+
+    def is_over(trainer: Trainer) -> bool:
+        """Whether what is left of the budget is needed to evaluate and to write."""
+        assert budget is not None
+        progress = trainer.progress
+        image_seconds = progress.evaluation_seconds / max(n_watched, 1)
+        if not image_seconds:  # nothing was evaluated yet: it takes no longer than training
+            image_seconds = progress.training_seconds / max(progress.images, 1) / n_processes
+        needed = image_seconds * (n_watched + n_reported) + WRITING_SECONDS
+        return job.count_seconds() + needed >= budget
+
+    return Trainer(
         trainee.network,
-        ImageBatches(trainee, splits["train"], make_training_transform(preprocessing), epochs, shuffle=True),
-        ImageBatches(trainee, splits["val"], make_evaluation_transform(preprocessing), epochs),
-        recipe,
-        on_epoch=epochs.say,
+        TrainingBatches(trainee, job.progress),
+        WatchedBatches(trainee, job.samples.watched, job.progress),
+        make_recipe(trainee),
+        processes=job.processes,
+        is_over=None if budget is None else is_over,
     )
 
 
-class EpochCounter:
-    """Says one line an epoch, and labels the bars of the epoch that runs."""
+def run_training(trainer: Trainer, job: Job) -> Training:
+    """Train to the end; tell of every epoch, keep checkpoints meanwhile.
 
-    def __init__(self, n_epochs: int, progress: Progress) -> None:
-        self.n_epochs, self.progress, self.running = n_epochs, progress, 1
-
-    def say(self, epoch: Epoch, is_best: bool) -> None:
-        """Receive a finished epoch."""
-        self.progress.say(
-            f"epoch {epoch.epoch:{len(str(self.n_epochs))}d}/{self.n_epochs}  "
-            f"train loss {epoch.train_loss:.4f} acc {epoch.train_accuracy:.4f}  "
-            f"val loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.4f}  lr {epoch.lr:g}  {epoch.seconds:.1f} s"
-            f"{'  best' if is_best else ''}"
-        )
-        self.running = epoch.epoch + 1
-
-
-class ImageBatches:
-    """A split's images as (images, labels) on the device, decoded anew each time it is iterated.
-
-    Parameters
-    ----------
-    trainee
-        Says where the images are and where the network is.
-    split
-        Which images.
-    transform
-        What happens to each.
-    epochs
-        Labels the progress bar.
-    shuffle
-        A new order each time.
+    Raises
+    ------
+    TrainingError
+        If the loss is no longer a number; what was kept last is still there.
     """
+    n_epochs, is_first = trainer.recipe.epochs, job.processes.is_first
+    with open_board(job) as board:
 
-    def __init__(
-        self,
-        trainee: Trainee,
-        split: Split,
-        transform: Transform,
-        epochs: EpochCounter,
-        *,
-        shuffle: bool = False,
-    ) -> None:
-        rows = ImageRows(trainee.listing.root, split.paths, transform=transform, labels=split.labels.tolist())
-        self.loader = make_loader(
-            rows,
-            batch_size=trainee.config.batch_size,
-            workers=trainee.config.workers,
-            shuffle=shuffle,
-            pin=trainee.device.type == "cuda",
-        )
-        self.n, self.device, self.epochs = len(split), trainee.device, epochs
-        self.what = "train" if shuffle else "val"
+        def on_step(trainer: Trainer) -> None:
+            keep_if_due(job.checkpoints, trainer, job.describe)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        what = f"epoch {self.epochs.running}/{self.epochs.n_epochs} {self.what}"
-        for batch in self.epochs.progress.track(self.loader, total=self.n, what=what):
-            if batch.bad:  # it was sound when the run began
-                raise BadImagesError(batch.bad)
-            yield (
-                batch.images.to(self.device, non_blocking=True),
-                batch.labels.to(self.device, non_blocking=True),
-            )
+        def on_epoch(epoch: Epoch, is_best: bool) -> None:
+            job.progress.say(describe_epoch(epoch, n_epochs, is_best, job.config))
+            if is_first:
+                job.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+                write_history(job.checkpoints.folder / HISTORY, tabulate_history(trainer.progress.history, job.config))
+                board(epoch)
+
+        try:
+            return trainer.run(on_step=on_step, on_epoch=on_epoch)
+        except TrainingError as error:
+            raise TrainingError(f"{error}{describe_kept(job)}") from error
+        except KeyboardInterrupt:
+            job.progress.say(f"stopped{describe_kept(job)}")
+            raise
+
+
+def describe_kept(job: Job) -> str:
+    """What there is to go on from, in words."""
+    description = job.checkpoints.read() if job.processes.is_first else None
+    if description is None:
+        return ""
+    values = description["training"]
+    where = f"epoch {values['epoch'] + 1}, step {values['batches']}" if values["images"] else f"epoch {values['epoch']}"
+    best = description["files"].get("best", "").partition("/")[0]
+    weights = f"; its best weights are {job.checkpoints.folder / best}" if best else ""
+    return f"; the training is kept in {job.checkpoints.folder} up to {where}{weights}"
+
+
+def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, config: FinetuneConfig) -> str:
+    """An epoch in a line."""
+    watched = "held out" if config.select_on == "holdout" else "val"
+    words = [f"epoch {epoch.epoch:{len(str(n_epochs))}d}/{n_epochs}"]
+    if epoch.train_loss is not None:
+        words.append(f"train loss {epoch.train_loss:.4f} acc {epoch.train_accuracy:.4f}")
+    words.append(f"{watched} loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.4f}")
+    if epoch.images_per_second is not None:
+        left = (n_epochs - epoch.epoch) * epoch.seconds
+        words += [f"lr {epoch.lr:g}", f"{epoch.seconds:.1f} s", f"{epoch.images_per_second:.1f} img/s"]
+        words += [f"{format_seconds(left)} left"] if left else []
+    else:
+        words.append(f"{epoch.seconds:.1f} s")
+    if config.mode == "staged":
+        words.append(epoch.stage)
+    return "  ".join(words + (["best"] if is_best and config.select_on != "none" else []))
+
+
+def tabulate_history(history: Sequence[Epoch], config: FinetuneConfig) -> list[dict[str, Any]]:
+    """The history as it is written: what was watched is called by its name."""
+    watched = "holdout" if config.select_on == "holdout" else "val"
+    return [
+        {
+            (name.replace("val_", f"{watched}_") if name.startswith("val_") else name): value
+            for name, value in asdict(epoch).items()
+        }
+        for epoch in history
+    ]
+
+
+@contextlib.contextmanager
+def open_board(job: Job) -> Iterator[Callable[[Epoch], None]]:
+    """What writes an epoch to TensorBoard's event files, or does nothing."""
+    if not job.config.tensorboard or not job.processes.is_first:
+        yield lambda _: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(job.config.tensorboard)
+
+    def write(epoch: Epoch) -> None:
+        for row in tabulate_history([epoch], job.config):
+            for name, value in row.items():
+                if isinstance(value, float):
+                    split, _, what = name.partition("_")
+                    writer.add_scalar(f"{what}/{split}" if what in ("loss", "accuracy") else name, value, epoch.epoch)
+        writer.flush()
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def explaining_failures(config: FinetuneConfig) -> Iterator[None]:
+    """Say what cures it when the memory is too small, or an operator is not deterministic.
+
+    Raises
+    ------
+    TrainingError
+        In place of torch's own errors.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        text = str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --input-size"
+            raise TrainingError(
+                f"out of memory with batches of {config.batch_size} images; try {smaller}, or a smaller network"
+            ) from error
+        if config.deterministic and "deterministic" in text:
+            raise TrainingError(f"--deterministic: {text.splitlines()[0]}; leave the option out") from error
+        raise
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
 
 
 def predict_split(trainee: Trainee, split: Split) -> Predictions:
-    """Predict a split's images with the trained network, as `featcache predict` would."""
+    """Predict a split's images with the trained network, as `featcache predict` would; each process its share."""
+    processes = trainee.processes
+    own = np.arange(len(split))[processes.rank :: processes.size]
     rows = ImageRows(
-        trainee.listing.root, split.paths, transform=make_evaluation_transform(trainee.backbone.preprocessing)
+        trainee.samples.listing.root,
+        [split.paths[row] for row in own],
+        transform=make_evaluation_transform(trainee.backbone.preprocessing),
     )
-    logits = np.empty((len(split), len(trainee.listing.classes)), dtype=np.float32)
+    logits = np.empty((len(split), len(trainee.samples.listing.classes)), dtype=np.float32)
+    found: list[tuple[Any, Any]] = []
     for output in run_network(trainee.network, rows, device=trainee.device, workers=trainee.config.workers):
         if output.bad:
             raise BadImagesError(output.bad)
-        logits[output.rows] = output.values
+        found.append((own[output.rows], output.values))
+    for parts in processes.collect(found):
+        for numbers, values in parts:
+            logits[numbers] = values
     return make_predictions(split, to_probabilities(logits))
 
 
-def count_parameters(network: nn.Module) -> dict[str, int]:
-    """How many numbers are trained, and how many there are."""
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
-    return {"trainable": sum(n for n, wanted in sizes if wanted), "total": sum(n for n, _ in sizes)}
+def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Mapping[str, Predictions]) -> RunRecord:
+    """The record, but for what it cost."""
+    best, config = training.best, job.config
+    trained = [p for p in trainee.network.parameters() if config.mode != "head" or p.requires_grad]
+    total = sum(parameter.numel() for parameter in trainee.network.parameters())
+    probe = job.before["probe"]
+    return RunRecord(
+        kind="finetune",
+        title=trainee.title,
+        settings=config.result_settings(),
+        data=describe_data(job.samples.listing),
+        extractor=job.backbone.describe(),
+        seconds={},
+        peak_memory_bytes=None,
+        parameters={"trainable": sum(parameter.numel() for parameter in trained), "total": total},
+        accuracy=describe_accuracy(predictions, best.train_accuracy),
+        selection=describe_selection(trainee, training),
+        device=str(job.device),
+        environment={**describe_machine(), "processes": job.processes.size},
+        notes=[
+            trainee.batch_norm[1],
+            *([probe["words"]] if probe else []),
+            *([f"stopped after epoch {training.history[-1].epoch}: {training.stopped}"] if training.stopped else []),
+            *describe_left_out(job.samples.bad),
+            *job.before["notes"],
+        ],
+        details={
+            "epoch": best.epoch,
+            "epochs": training.history[-1].epoch,
+            "held_out": len(job.samples.watched) if config.select_on == "holdout" else 0,
+            "images_per_second": measure_rate(training),
+        },
+    )
 
 
-def describe_left_out(bad: list[BadImage]) -> list[str]:
+def describe_selection(trainee: Trainee, training: Training) -> str:
+    """Which weights were kept, why, and whether the accuracy that is reported suffers from it."""
+    config, n, n_train = trainee.config, training.history[-1].epoch, len(trainee.samples.train)
+    kept = f"weights of epoch {training.best.epoch} of {n}"
+    if training.best.epoch == 0:
+        kept = f"the weights it began with, before {n} epochs"
+    if config.select_on == "holdout":
+        n_held = len(trainee.samples.watched)
+        return f"{kept}, the best on {n_held} training images held out (of {n_held + n_train})"
+    if config.select_on == "none":
+        return f"{kept}, the last"
+    return f"{kept}, the best on the validation split, whose accuracy is therefore optimistic"
+
+
+def measure_rate(training: Training) -> float | None:
+    """Images per second of the training passes, the median of the epochs."""
+    rates = [epoch.images_per_second for epoch in training.history if epoch.images_per_second is not None]
+    return float(np.median(rates)) if rates else None
+
+
+def count_seconds(job: Job, training: Training, trained: float) -> dict[str, float]:
+    """Wall time by stage; of lp-ft the cached features are counted with what they cost when they were extracted."""
+    now, probe = job.count_seconds(), job.before["probe"]
+    spent = sum(epoch.seconds for epoch in training.history)
+    n_epochs = sum(1 for epoch in training.history if epoch.epoch > 0)
+    seconds = {
+        **({"extraction": probe["extraction"], "head": probe["head"]} if probe else {}),
+        "preparation": max(trained - spent - (probe["waited"] if probe else 0.0), 0.0),
+        "training": spent,
+        "evaluation": now - trained,
+    }
+    return {**seconds, "total": sum(seconds.values()), "per_epoch": spent / max(n_epochs, 1)}
+
+
+def describe_left_out(bad: Sequence[BadImage]) -> list[str]:
     """A remark about files that were left out, if there are any."""
     return [f"{len(bad)} files that cannot be used as images were left out"] if bad else []
 
@@ -365,9 +587,9 @@ def write_finetune_run(
     predictions: dict[str, Predictions],
 ) -> None:
     """Write everything of a fine-tuning run; the record last."""
-    history = [asdict(epoch) for epoch in training.history]
+    history = tabulate_history(training.history, trainee.config)
     save_network(folder, trainee.network, record.classes, record.extractor)
-    write_history(folder / "history.csv", history)
+    write_history(folder / HISTORY, history)
     save_figure(draw_curves(history, record.title), folder / "curves.png")
     write_evaluation(folder, predictions, record.classes, record.title)
     write_record(folder, record)

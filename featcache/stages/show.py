@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from featcache import files
+from featcache.augmentation import make_training_transform
 from featcache.backbones import describe_preprocessing
 from featcache.dataset import list_dataset
 from featcache.errors import BadImagesError, RunError
@@ -18,7 +19,6 @@ from featcache.images import (
     Transform,
     denormalise,
     make_evaluation_transform,
-    make_training_transform,
 )
 from featcache.plots import draw_grid, save_figure
 from featcache.preprocessing import Preprocessing

@@ -29,9 +29,16 @@ from featcache.backbones import attach_classifier, load_backbone
 from featcache.config import ExtractConfig, FinetuneConfig, HeadConfig
 from featcache.dataset import Listing, list_dataset
 from featcache.heads import fit_head
+from featcache.processes import ALONE
 from featcache.progress import SILENT
-from featcache.stages.finetune import prepare_network, train_network
-from featcache.training import Recipe, TensorBatches, set_mode_frozen, train
+from featcache.stages.prepare_training import (
+    TrainingBatches,
+    WatchedBatches,
+    gather_samples,
+    make_recipe,
+    prepare_network,
+)
+from featcache.training import Recipe, Stage, TensorBatches, Trainer, set_mode_frozen, train
 
 CPU = torch.device("cpu")
 
@@ -45,8 +52,11 @@ def timed(work: Callable[[], object]) -> float:
 def train_on_images(listing: Listing, config: FinetuneConfig) -> Callable[[], object]:
     """A job that trains for the config's epochs, its network made ready beforehand."""
     backbone = load_backbone(config.backbone, weights=config.weights)
-    trainee = prepare_network(listing, backbone, config, CPU)
-    return lambda: train_network(trainee, SILENT)
+    config = replace(config, select_on="val").settle(has_test=False, clips=False, device="cpu", bfloat16=False)
+    samples = gather_samples(listing, backbone, config, ALONE, SILENT)
+    trainee = prepare_network(samples, backbone, config, CPU)
+    batches, watched = TrainingBatches(trainee), WatchedBatches(trainee, samples.watched)
+    return lambda: Trainer(trainee.network, batches, watched, make_recipe(trainee)).run()
 
 
 def train_on_features(cache: featcache.FeatureCache, config: FinetuneConfig) -> Callable[[], object]:
@@ -61,10 +71,17 @@ def train_on_features(cache: featcache.FeatureCache, config: FinetuneConfig) -> 
         for name, split in cache.splits.items()
     }
     head = nn.Linear(cache.dim, len(cache.classes))
-    optimizer = torch.optim.SGD(head.parameters(), lr=config.lr, momentum=config.momentum)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.step_size, config.gamma)
-    recipe = Recipe(optimizer=optimizer, scheduler=scheduler, epochs=config.epochs, set_training_mode=set_mode_frozen)
-    return lambda: train(head, batches["train"], batches["val"], recipe)
+    stage = Stage(
+        name="head",
+        epochs=config.epochs,
+        choose_parameters=lambda _: None,
+        set_training_mode=set_mode_frozen,
+        make_optimizer=lambda network: torch.optim.SGD(network.parameters(), lr=0.001, momentum=config.momentum),
+        make_scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.StepLR(
+            optimizer, config.step_size * steps, config.gamma
+        ),
+    )
+    return lambda: train(head, batches["train"], batches["val"], Recipe(stages=(stage,)))
 
 
 def train_usual_loop(listing: Listing, backbone_name: str, weights: str, epochs: int) -> Callable[[], object]:
@@ -116,7 +133,7 @@ def main(data: Path, backbone: str, weights: str, rounds: int, whole_job: bool) 
     listing = list_dataset(data)
     one_epoch = FinetuneConfig(backbone=backbone, weights=weights, epochs=1)
     job = replace(one_epoch, epochs=25)
-    frozen, frozen_job = (replace(config, freeze=True) for config in (one_epoch, job))
+    frozen, frozen_job = (replace(config, mode="head") for config in (one_epoch, job))
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         features = Path(folder) / "features.h5"
@@ -143,7 +160,7 @@ def main(data: Path, backbone: str, weights: str, rounds: int, whole_job: bool) 
                 figures.setdefault(name, []).append(timed(work))
         median = {name: statistics.median(values) for name, values in figures.items()}
         whole_jobs = {
-            "featcache finetune --freeze": (
+            "featcache finetune --mode head": (
                 25 * median["frozen epoch, no cache"],
                 train_on_images(listing, frozen_job),
             ),
