@@ -299,6 +299,21 @@ def fill_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def mend_folder(final: Path) -> None:
+    """Remove what a killed `fill_folder` left beside `final`, and put the older folder back if it was just moved away.
+
+    For a caller who knows that nobody else is filling it.
+    """
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.[a-z0-9_]{{8}}\.tmp(\.old)?", re.DOTALL)
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(final.parent.iterdir()):
+            if pattern.fullmatch(path.name) and path.is_dir():
+                if path.name.endswith(".old") and not final.exists():
+                    path.rename(final)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
 def _swap_in(temporary: Path, final: Path) -> None:
     old = temporary.with_name(temporary.name + ".old")
     if final.exists():

@@ -124,6 +124,8 @@ def finetune(
         join_processes(device) as processes,
         hold_output(output, doing="trained") if processes.is_first else contextlib.nullcontext(),
     ):
+        if processes.is_first:
+            files.mend_folder(output)
         job = prepare_job(data, output, config, given, device, processes, progress if processes.is_first else SILENT)
         if isinstance(job, Run):
             return job

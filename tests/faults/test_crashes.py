@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are f
 Tell = Callable[[str], None]
 
 
-def experiment(name: str, folder: Path, *numbers: int) -> dict[str, Any]:
-    """Run one of nursery.py's experiments."""
+def experiment(name: str, folder: Path, *numbers: int, program: str = "nursery.py") -> dict[str, Any]:
+    """Run one of nursery.py's experiments, or of another program."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("nursery.py")), name, str(folder), *map(str, numbers)],
+        [sys.executable, str(Path(__file__).with_name(program)), name, str(folder), *map(str, numbers)],
         capture_output=True,
         text=True,
         check=False,
@@ -102,3 +102,29 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, te
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
 def test_what_may_only_be_read_is_read_and_fails_to_be_written_before_any_work(tmp_path: Path) -> None:
     assert experiment("nobody", tmp_path)["wrong"] == []
+
+
+def test_a_fine_tuning_that_is_killed_at_random_moments_ends_with_the_same_weights(
+    tmp_path: Path, tell: Tell, long: bool
+) -> None:
+    result = experiment("kill", tmp_path, 200 if long else 20, program="training_nursery.py")
+    tell(
+        f"kill -9 of fine-tunings: {result['trials']} trials, {result['killed']} killed, {result['went on']} went on "
+        f"from a checkpoint; {len(result['wrong'])} wrong"
+    )
+    assert result["wrong"] == []
+    assert result["killed"] >= result["trials"] // 3
+    assert result["went on"] >= result["trials"] // 4
+
+
+def test_a_fine_tuning_whose_disk_dies_or_fails_at_any_call_ends_with_the_same_weights(
+    tmp_path: Path, tell: Tell, long: bool
+) -> None:
+    result = experiment("enumerate", tmp_path, 1 if long else 23, program="training_nursery.py")
+    tell(
+        f"durable calls of a fine-tuning, {result['calls']} of them: {result['died']} deaths and {result['failed']} "
+        f"failures; {len(result['wrong'])} wrong"
+    )
+    assert result["wrong"] == []
+    assert result["calls"] >= 60
+    assert result["died"] == result["failed"] >= 4
