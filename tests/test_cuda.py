@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyFamily
+from safetensors.torch import load_file
+from test_finetune import interrupt_after
 
 import featcache
 from featcache.config import HeadConfig
+from featcache.files import hash_file
 from featcache.heads import find_logits, fit_head
 from featcache.metrics import to_probabilities
 
@@ -56,3 +59,41 @@ def test_a_network_fine_tuned_on_cuda_predicts_on_the_cpu(photos: Path, tmp_path
         probabilities, bad = classifier.predict_files(images, device=torch.device(device))
         assert not bad
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_fine_tuning_on_cuda_in_any_precision_ends_near_the_cpus_weights(
+    photos: Path, tmp_path: Path, precision: str
+) -> None:
+    on_cpu = featcache.finetune(photos, tmp_path / "cpu", epochs=2, device="cpu", **TINY)
+    on_cuda = featcache.finetune(photos, tmp_path / "cuda", epochs=2, device="cuda", precision=precision, **TINY)
+    expected, found = (load_file(run.folder / "model.safetensors") for run in (on_cpu, on_cuda))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_deterministic_fine_tuning_on_cuda_gives_the_same_bits_also_when_it_is_interrupted(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.training.checkpoints.SHARE", 0)
+    settings = {"epochs": 3, "device": "cuda", "deterministic": True, "ema": 0.9, "checkpoint_every": 0.0, **TINY}
+    digests = [
+        hash_file(featcache.finetune(photos, tmp_path / name, **settings).folder / "model.safetensors")
+        for name in ("a", "b")
+    ]
+    interrupt_after(photos, tmp_path / "c", 2, **settings)
+    run = featcache.finetune(photos, tmp_path / "c", **settings)
+    assert [*digests, hash_file(run.folder / "model.safetensors")] == [digests[0]] * 3
+
+
+@pytest.mark.usefixtures("tiny")
+def test_compiled_fine_tuning_on_cuda_is_near(photos: Path, tmp_path: Path) -> None:
+    runs = [
+        featcache.finetune(photos, tmp_path / f"{how}", epochs=1, device="cuda", compile=how, precision="fp32", **TINY)
+        for how in (False, True)
+    ]
+    expected, found = (load_file(run.folder / "model.safetensors") for run in runs)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TinyFamily
+from conftest import Outcome, TinyFamily
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import featcache
 from featcache.backbones import load_backbone
-from featcache.config import FinetuneConfig
-from featcache.dataset import list_dataset
-from featcache.errors import BadImagesError, OutputError, RunError, SettingsError
+from featcache.cache import hold_output
+from featcache.cli.finetune import Duration
+from featcache.config import FinetuneConfig, HeadConfig
+from featcache.dataset import hold_out, list_dataset
+from featcache.errors import (
+    BackboneError,
+    BadImagesError,
+    MissingExtraError,
+    OutputBusyError,
+    OutputError,
+    RunError,
+    SettingsError,
+    TrainingError,
+)
+from featcache.files import hash_file
+from featcache.heads import LinearHead, fit_head
 from featcache.processes import ALONE
 from featcache.progress import SILENT
 from featcache.runs import read_history, read_predictions
+from featcache.stages.finetune import explaining_failures
 from featcache.stages.prepare_training import (
     Trainee,
     TrainingBatches,
     WatchedBatches,
+    fit_probe,
     gather_samples,
     make_recipe,
     prepare_network,
+    put_in_head,
 )
 from featcache.training import Trainer, Training
 
@@ -162,3 +183,388 @@ def test_a_setting_out_of_range_is_refused_by_its_option_name(
 ) -> None:
     with pytest.raises(SettingsError, match="--" + setting.replace("_", "-")):
         featcache.finetune(photos, tmp_path / "run", **{setting: value})
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+def test_staged_trains_the_head_first_and_then_everything_more_slowly(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    run = featcache.finetune(photos, tmp_path / "run", mode="staged", head_epochs=2, epochs=1, **TINY)
+    with (run.folder / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["head", "head", "full"]
+    assert run.record.settings["lr_backbone"] == pytest.approx(run.record.settings["lr"] / 10)
+    trainee = make_trainee(photos, mode="staged", epochs=1)
+    before = {name: value.clone() for name, value in trainee.network.named_parameters()}
+    train_network(trainee)
+    assert not [name for name, value in trainee.network.named_parameters() if torch.equal(before[name], value)]
+
+
+def test_lp_ft_begins_with_the_head_that_fits_the_cached_features(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    features = tmp_path / "features.h5"
+    run = featcache.finetune(photos, tmp_path / "run", mode="lp-ft", epochs=1, features=str(features), **TINY)
+    start, first = read_history(tmp_path / "run/history.csv")
+    assert (start["epoch"], "train_loss" in start, first["epoch"]) == (0, False, 1)
+    cache = featcache.read_cache(features)
+    listing = list_dataset(photos)
+    train, held = hold_out(listing.splits["train"], listing.classes, 0.2, 0)
+    rows = {path: row for row, path in enumerate(cache.splits["train"].listing.paths)}
+    take = [[rows[path] for path in split.paths] for split in (train, held)]
+    values = cache.splits["train"].features
+    head = fit_head(values[take[0]], train.labels, 2, HeadConfig(solver="lbfgs", device="cpu")).head
+    predicted = head.logits(values[take[1]]).argmax(1)
+    assert start["holdout_accuracy"] == (predicted == held.labels).mean()
+    seconds = run.record.seconds
+    assert seconds["extraction"] == cache.provenance["seconds"]
+    assert {"head", "preparation", "training", "evaluation"} <= set(seconds)
+    assert any("linear head of C =" in note for note in run.record.notes)
+
+
+def test_lp_fts_first_logits_are_those_of_the_head(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    config = FinetuneConfig(mode="lp-ft", features=str(tmp_path / "f.h5"), **TINY)
+    config = config.settle(has_test=False, clips=False, device="cpu", bfloat16=False)
+    backbone, device = load_backbone("tiny", weights="none"), torch.device("cpu")
+    samples = gather_samples(list_dataset(photos), backbone, config, ALONE, SILENT)
+    probe = fit_probe(photos, samples, config, device, SILENT)
+    trainee = prepare_network(samples, backbone, config, device, probe=probe)
+    assert trainee.batch_norm[0] == "fixed"  # tiny's own default follows the batches
+    cached = featcache.read_cache(tmp_path / "f.h5").splits["val"]
+    with torch.inference_mode():
+        found = [trainee.network.eval()(images) for images, _ in WatchedBatches(trainee, cached.listing)]
+    np.testing.assert_allclose(torch.cat(found), probe.head.logits(cached.features), atol=2e-3)
+
+
+def test_lp_ft_goes_on_without_its_features(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    settings = {"mode": "lp-ft", "epochs": 3, "features": str(tmp_path / "f.h5"), "checkpoint_every": 0.0, **TINY}
+    whole = featcache.finetune(photos, tmp_path / "whole", **settings)
+    interrupt_after(photos, tmp_path / "run", 2, **settings)
+    (tmp_path / "f.h5").unlink()
+    run = featcache.finetune(photos, tmp_path / "run", **settings)
+    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert run.record.seconds["extraction"] == whole.record.seconds["extraction"]
+    assert not (tmp_path / "f.h5").exists()
+
+
+def test_lp_ft_says_so_where_no_linear_head_fits() -> None:
+    head = LinearHead(weight=np.zeros((2, 8), np.float32), bias=np.zeros(2, np.float32))
+    with pytest.raises(BackboneError, match=r"squeezenet.*\(Conv2d\).*--mode staged"):
+        put_in_head(nn.Conv2d(8, 2, 1), head, "squeezenet1_0")
+
+
+@pytest.mark.parametrize("mode", ["full", "head", "staged", "lp-ft"])
+def test_every_mode_has_rates_for_every_optimiser_and_keeps_their_proportion(mode: str) -> None:
+    for optimizer in ("sgd", "adamw"):
+        usual = FinetuneConfig(mode=mode, optimizer=optimizer)
+        usual = usual.settle(has_test=False, clips=False, device="cpu", bfloat16=False)
+        stated = FinetuneConfig(mode=mode, optimizer=optimizer, lr=0.5)
+        stated = stated.settle(has_test=False, clips=False, device="cpu", bfloat16=False)
+        assert stated.lr == 0.5
+        if mode == "head":
+            assert usual.lr_backbone is stated.lr_backbone is None
+        else:
+            assert stated.lr_backbone / stated.lr == pytest.approx(usual.lr_backbone / usual.lr)
+            assert usual.lr_backbone <= usual.lr
+
+
+# --- which epoch is kept, and on what ---------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_some_of_each_class_and_are_not_trained_on(photos: Path, tiny: type[TinyFamily]) -> None:
+    samples = make_trainee(photos, holdout_fraction=0.34).samples
+    train, held = samples.train, samples.watched
+    assert (np.bincount(train.labels).tolist(), np.bincount(held.labels).tolist()) == ([4, 4], [2, 2])
+    assert set(train.paths) | set(held.paths) == set(samples.listing.splits["train"].paths)
+    assert not set(train.digests) & set(held.digests)
+
+
+def test_the_validation_split_has_no_say_in_what_is_kept_unless_it_is_asked(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    first = featcache.finetune(photos, tmp_path / "a", epochs=3, **TINY)
+    (photos / "val/blue/photo_000.jpg").replace(photos / "val/red/other.jpg")  # another label
+    second = featcache.finetune(photos, tmp_path / "b", epochs=3, **TINY)
+    assert hash_file(first.folder / "model.safetensors") == hash_file(second.folder / "model.safetensors")
+    assert "held out" in first.record.selection
+    assert "optimistic" not in first.record.selection
+    rows = read_history(tmp_path / "a/history.csv")
+    assert "holdout_accuracy" in rows[0]
+    assert "val_accuracy" not in rows[0]
+
+
+def test_where_a_test_split_is_reported_the_validation_split_chooses(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    shutil.copytree(photos / "val", photos / "test")
+    record = featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY).record
+    assert record.settings["select_on"] == "val"
+    assert record.data["images"]["train"] == 12
+
+
+def test_select_on_none_trains_on_everything_and_keeps_the_last(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    record = featcache.finetune(photos, tmp_path / "run", epochs=3, select_on="none", **TINY).record
+    assert record.selection == "weights of epoch 3 of 3, the last"
+    assert len(make_trainee(photos, select_on="none").samples.train) == 12
+
+
+# --- left and taken up again ------------------------------------------------------------------------------------------
+
+
+class Enough(KeyboardInterrupt):
+    """Ctrl-C."""
+
+
+def interrupt_after(data: Path, output: Path, epoch: int, **settings: object) -> list[str]:
+    """A run that is interrupted when it tells of an epoch; what it said."""
+    lines: list[str] = []
+
+    class Listener(featcache.Progress):
+        def say(self, line: str) -> None:
+            lines.append(line)
+            if line.startswith(f"epoch {epoch}/"):
+                raise Enough
+
+    with pytest.raises(Enough):
+        featcache.finetune(data, output, progress=Listener(), **settings)
+    return lines
+
+
+EVERY_STEP = {"epochs": 4, "checkpoint_every": 0.0, **TINY}
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints as often as they are asked for."""
+    monkeypatch.setattr("featcache.training.checkpoints.SHARE", 0)
+
+
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(photos: Path, tmp_path: Path) -> None:
+    whole = featcache.finetune(photos, tmp_path / "whole", **EVERY_STEP)
+    lines = interrupt_after(photos, tmp_path / "run", 3, **EVERY_STEP)
+    assert "stopped; the training is kept in" in lines[-1]
+    assert not (tmp_path / "run").exists()
+    assert len(read_history(tmp_path / "run.checkpoint/history.csv")) == 2
+    said: list[str] = []
+    listener = type("Listener", (featcache.Progress,), {"say": lambda self, line: said.append(line)})()
+    run = featcache.finetune(photos, tmp_path / "run", progress=listener, **EVERY_STEP)
+    assert any("goes on after epoch" in line for line in said)
+    assert not [line for line in said if line.startswith("epoch 1/")]
+    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert not (tmp_path / "run.checkpoint").exists()
+    assert run.record.notes == whole.record.notes
+
+
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_no_resume_starts_again(photos: Path, tmp_path: Path) -> None:
+    interrupt_after(photos, tmp_path / "run", 3, **EVERY_STEP)
+    said: list[str] = []
+    listener = type("Listener", (featcache.Progress,), {"say": lambda self, line: said.append(line)})()
+    featcache.finetune(photos, tmp_path / "run", progress=listener, resume=False, **EVERY_STEP)
+    assert [line for line in said if line.startswith("epoch 1/")]
+    assert not (tmp_path / "run.checkpoint").exists()
+
+
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_an_unfinished_run_of_other_settings_is_kept_until_force(photos: Path, tmp_path: Path) -> None:
+    interrupt_after(photos, tmp_path / "run", 3, **EVERY_STEP)
+    other = {**EVERY_STEP, "lr": 0.01}
+    with pytest.raises(RunError, match=r"unfinished run of other settings \(lr: 0.001 -> 0.01.*--force"):
+        featcache.finetune(photos, tmp_path / "run", **other)
+    assert (tmp_path / "run.checkpoint/checkpoint.json").exists()
+    assert featcache.finetune(photos, tmp_path / "run", force=True, **other).record.settings["lr"] == 0.01
+
+
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_another_number_of_threads_is_recorded_when_a_run_goes_on(photos: Path, tmp_path: Path) -> None:
+    interrupt_after(photos, tmp_path / "run", 3, **EVERY_STEP)
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        record = featcache.finetune(photos, tmp_path / "run", **EVERY_STEP).record
+    finally:
+        torch.set_num_threads(before)
+    assert any(f"threads: {before} -> {before + 1}" in note for note in record.notes)
+    assert record.environment["threads"] == before + 1
+
+
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no longer a number in epoch.*smaller --lr than 1e\+30"):
+        featcache.finetune(photos, tmp_path / "run", lr=1e30, **EVERY_STEP)
+    assert not (tmp_path / "run").exists()
+
+    def spoil(trainer: Trainer) -> None:
+        if trainer.progress.epoch == 2:
+            with torch.no_grad():
+                trainer.network.get_parameter("fc.weight")[0, 0] = torch.nan
+
+    run = Trainer.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Trainer,
+            "run",
+            lambda self, *, on_step, on_epoch: run(
+                self, on_step=lambda trainer: (spoil(trainer), on_step(trainer)), on_epoch=on_epoch
+            ),
+        )
+        with pytest.raises(
+            TrainingError, match=r"kept in .*spoilt.checkpoint up to epoch .*best weights are"
+        ) as caught:
+            featcache.finetune(photos, tmp_path / "spoilt", **EVERY_STEP)
+    best = str(caught.value).rpartition("best weights are ")[2]
+    assert load_backbone("tiny", weights=best).width == 8  # something to start from
+
+
+@pytest.mark.usefixtures("tiny")
+def test_two_runs_into_one_folder_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
+    with (
+        hold_output(tmp_path / "run", doing="trained"),
+        pytest.raises(OutputBusyError, match=r"being trained by process \d+.*; wait for it, or choose another place"),
+    ):
+        featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_time_budget_cuts_the_training_short_and_all_is_there(photos: Path, tmp_path: Path) -> None:
+    run = featcache.finetune(photos, tmp_path / "run", epochs=100_000, time_budget=5, **TINY)
+    assert run.record.seconds["total"] < 5
+    assert any("time budget" in note for note in run.record.notes)
+    assert 1 <= len(read_history(tmp_path / "run/history.csv")) < 100_000
+    assert (run.folder / "curves.png").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_budget_that_is_too_small_for_anything_still_takes_a_step(photos: Path, tmp_path: Path) -> None:
+    run = featcache.finetune(photos, tmp_path / "run", epochs=3, time_budget=0.001, **TINY)
+    assert len(read_history(tmp_path / "run/history.csv")) == 1
+    assert run.record.accuracy["val"]["n"] == 6
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+@pytest.mark.parametrize(("batch_size", "cure"), [(64, "--batch-size 32"), (1, "a smaller --input-size")])
+def test_out_of_memory_names_what_to_try(error: Exception, batch_size: int, cure: str) -> None:
+    message = f"out of memory with batches of {batch_size} images; try {cure}"
+    with pytest.raises(TrainingError, match=message), explaining_failures(FinetuneConfig(batch_size=batch_size)):
+        raise error
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="a bug"), explaining_failures(FinetuneConfig()):
+        raise RuntimeError("a bug")
+
+
+# --- the same every time ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_number_of_workers_does_not_matter_unless_it_is_0(photos: Path, tmp_path: Path) -> None:
+    digests = []
+    for workers in (None, 1, 2, 0):
+        run = featcache.finetune(photos, tmp_path / f"{workers}", epochs=2, workers=workers, **TINY)
+        digests.append(hash_file(run.folder / "model.safetensors"))
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_images_in_memory_change_nothing(photos: Path, tmp_path: Path) -> None:
+    with_memory = featcache.finetune(photos, tmp_path / "a", epochs=2, **TINY)
+    without = featcache.finetune(photos, tmp_path / "b", epochs=2, cache_images=False, deterministic=True, **TINY)
+    assert hash_file(with_memory.folder / "model.safetensors") == hash_file(without.folder / "model.safetensors")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_everything_at_once_trains_and_loads_again(photos: Path, tmp_path: Path) -> None:
+    run = featcache.finetune(
+        photos,
+        tmp_path / "run",
+        epochs=3,
+        optimizer="adamw",
+        schedule="one-cycle",
+        warmup=0.5,
+        layer_decay=0.8,
+        weight_decay=0.05,
+        augment="randaugment",
+        mixup=0.2,
+        cutmix=0.5,
+        label_smoothing=0.1,
+        class_weight="balanced",
+        ema=0.9,
+        patience=3,
+        precision="bf16",
+        tensorboard=str(tmp_path / "board"),
+        **TINY,
+    )
+    settings = run.record.settings
+    assert {"mixup": 0.2, "ema": 0.9, "precision": "bf16", "layer_decay": 0.8}.items() <= settings.items()
+    assert "head_epochs" not in settings
+    assert featcache.load_classifier(run.folder).classes == ("blue", "red")
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    rows = read_history(run.folder / "history.csv")
+    assert [event.value for event in board.Scalars("loss/train")] == pytest.approx(
+        [row["train_loss"] for row in rows], rel=1e-5
+    )
+    assert [event.step for event in board.Scalars("accuracy/holdout")] == [1, 2, 3]
+
+
+def test_tensorboard_without_the_extra_names_the_pip_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'featcache\[tensorboard\]'"):
+        featcache.finetune(photos, tmp_path / "run", tensorboard=str(tmp_path / "b"), **TINY)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("2 min", 120)])
+def test_a_time_is_said_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == seconds
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--time-budget", "soon"], "'soon' is no time: expected such as 90s, 10m or 1.5h"),
+        (["--mode", "head", "--lr-backbone", "0.1"], "--lr-backbone would do nothing here"),
+        (["--schedule", "cosine", "--gamma", "0.5"], "--gamma would do nothing here: it is of --schedule step"),
+        (["--select-on", "none", "--patience", "3"], "--patience would do nothing here"),
+        (["--select-on", "val", "--holdout-fraction", "0.5"], "--holdout-fraction would do nothing here"),
+        (["--optimizer", "adamw", "--momentum", "0.5"], "--momentum would do nothing here"),
+        (["--head-epochs", "3"], "--head-epochs would do nothing here: it is of --mode staged"),
+        (["--ema", "1"], "--ema is 1.0: expected a number between 0 and 1"),
+        (["--layer-decay", "1.5"], "--layer-decay is 1.5"),
+    ],
+)
+def test_what_would_do_nothing_or_makes_no_sense_is_a_usage_error(
+    photos: Path, cli: Callable[..., Outcome], arguments: list[str], message: str
+) -> None:
+    outcome = cli("finetune", photos, "--backbone", "tiny", "--weights", "none", *arguments)
+    assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_freeze_is_mode_head(photos: Path, cli: Callable[..., Outcome]) -> None:
+    outcome = cli("finetune", photos, "--backbone", "tiny", "--weights", "none", "--epochs", "1", "--freeze", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["title"] == "last layer through the frozen tiny, 1 epoch"
+    assert {"epoch": 1, "epochs": 1, "held_out": 2}.items() <= outcome.json["details"].items()

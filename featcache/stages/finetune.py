@@ -285,18 +285,19 @@ def find_checkpoint(job: Job) -> tuple[State, dict[str, Any]] | None:
     RunError
         If it is of other settings, images or weights and `force` is not set, or it is damaged.
     """
-    folder = job.checkpoints.folder
-    description = job.checkpoints.read() if job.config.resume else None
-    if description is None or (job.config.force and description["identity"] != job.identity):
-        if job.processes.share(None) is None and job.processes.is_first:
+    found = None
+    if job.processes.is_first:
+        description = job.checkpoints.read() if job.config.resume else None
+        if description is None or (job.config.force and description["identity"] != job.identity):
             discard_checkpoint(job)
-        return None
-    if changes := list_changes(description["identity"], job.identity):
-        raise RunError(
-            f"{folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it with those, name "
-            f"another place with -o, or discard it with --force"
-        )
-    return job.checkpoints.find()
+        elif changes := list_changes(description["identity"], job.identity):
+            raise RunError(
+                f"{job.checkpoints.folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it "
+                f"with those, name another place with -o, or discard it with --force"
+            )
+        else:
+            found = job.checkpoints.find()
+    return job.processes.share(found)
 
 
 def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -> None:

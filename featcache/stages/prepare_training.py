@@ -173,6 +173,8 @@ def gather_samples(
 ) -> Samples:
     """Decode every image once, so that a bad one is known now and not in the middle of an epoch; hold some out.
 
+    Of several processes each decodes its share.
+
     Raises
     ------
     BadImagesError
@@ -183,19 +185,20 @@ def gather_samples(
     frames = backbone.preprocessing.frames
     free = find_free_memory() or MEMORY_SHARE * UNKNOWN_MEMORY
     memory = ImageMemory(free // MEMORY_SHARE // processes.size if config.cache_images and not frames else 0)
-    found = [*listing.bad]
+    found = []
     for name, split in listing.splits.items():
+        own = slice(processes.rank, None, processes.size)
         rows = ImageRows(
             listing.root,
-            split.paths,
+            split.paths[own],
             transform=ClipTransform(frames, decode_nothing) if frames else decode_nothing,
-            digests=split.digests,
+            digests=split.digests[own],
             memory=memory if name == "train" else None,
         )
         checked = check_images(rows, threads=config.workers or None)
         for batch in progress.track(checked, total=len(rows), what=f"checking {name} images"):
             found += batch.bad
-    bad = tuple(processes.share(found))
+    bad = (*listing.bad, *sorted(one for part in processes.collect(found) for one in part))
     if bad and not config.skip_bad:
         raise BadImagesError(bad)
     listing = listing.without(bad)

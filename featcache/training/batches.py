@@ -88,6 +88,5 @@ class TensorBatches:
             self.order = torch.randperm(len(labels))
         if self.shuffle:
             inputs, labels = inputs[self.order], labels[self.order]
-        first = done * self.batch_size
-        parts = (torch.split(rows[first:], self.batch_size) for rows in (inputs, labels))
-        yield from zip(*parts, strict=True)
+        for start in range(done * self.batch_size, len(labels), self.batch_size):
+            yield inputs[start : start + self.batch_size], labels[start : start + self.batch_size]

@@ -49,12 +49,26 @@ class Checkpoints:
     def __init__(self, folder: Path, identity: Mapping[str, Any], *, every_seconds: float) -> None:
         self.folder, self.identity, self.every_seconds = folder, dict(identity), every_seconds
         self._steps, self._written, self._took = 0, time.monotonic(), 0.0
+        self._asked, self._wait, self._waited = time.monotonic(), 0, 0
         self._files: dict[str, str] = {}  # of the checkpoint that is there, with their digests
         self._best: int | None = None
 
     def is_due(self) -> bool:
         """Whether it is time for the next one."""
         return time.monotonic() - self._written >= max(self.every_seconds, SHARE * self._took)
+
+    def is_due_for_all(self, trainer: Trainer) -> bool:
+        """The same, decided by the first of several processes: they look up only every few steps, and together."""
+        if not trainer.processes.several:
+            return self.is_due()
+        if self._waited < self._wait:
+            self._waited += 1
+            return False
+        now = time.monotonic()
+        rate = (self._waited + 1) / max(now - self._asked, 1e-9)
+        due, self._wait = trainer.processes.share((self.is_due(), int(rate * self.every_seconds / SHARE)))
+        self._asked, self._waited = now, 0
+        return due
 
     def keep(self, state: State, more: Mapping[str, Any]) -> None:
         """Write a checkpoint in place of the last one.
@@ -178,7 +192,7 @@ def keep_if_due(checkpoints: Checkpoints, trainer: Trainer, describe: Callable[[
 
     `describe` gives what is kept beside it. Of several processes each must call; the first one decides and writes.
     """
-    if not trainer.processes.share(checkpoints.is_due()) or not trainer.is_sound():
+    if not checkpoints.is_due_for_all(trainer) or not trainer.is_sound():
         return False
     state = trainer.find_state()
     if trainer.processes.is_first:

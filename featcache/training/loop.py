@@ -279,7 +279,7 @@ class Trainer:
     def _step(self, inputs: Tensor, labels: Tensor) -> None:
         """One gradient step."""
         targets = labels
-        if self.recipe.mix is not None and not bool((labels == NOBODY).any()):
+        if self.recipe.mix is not None and not (self.processes.several and bool((labels == NOBODY).any())):
             inputs, targets = self.recipe.mix(inputs, labels)
         self.optimizer.zero_grad()
         with autocast(self.device, self.recipe.compute):
@@ -310,7 +310,7 @@ class Trainer:
         if targets.ndim == 1:
             real = targets != NOBODY
             n = real.sum()
-            weight = n if weights is None else weights[targets[real]].sum()
+            weight = n if weights is None else (weights[targets.clamp(min=0)] * real).sum()
         else:
             n = weight = torch.tensor(len(targets), device=logits.device)
         total = self.processes.sum(torch.stack([n.double(), weight.double()]).float())
@@ -547,7 +547,7 @@ def put_together(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> di
     state: dict[int, dict[str, Any]] = {int(i): dict(plain) for i, plain in values["state"].items()}
     for name, tensor in tensors.items():
         i, _, what = name.partition(".")
-        state[int(i)][what] = tensor
+        state[int(i)][what] = tensor.clone()  # the optimiser would change it in place
     return {"state": state, "param_groups": [dict(group) for group in values["param_groups"]]}
 
 
