@@ -623,7 +623,14 @@ class FinetuneConfig(ImageSettings):
             Type of the device: "cpu", "cuda" or "mps".
         bfloat16
             Whether it computes in bfloat16 by itself.
+
+        Raises
+        ------
+        SettingsError
+            If clips are to be mixed.
         """
+        for name in ("mixup", "cutmix"):
+            self._require(not (clips and getattr(self, name)), name, "0: clips are not mixed")
         usual, usual_backbone = self.RATES[self.mode][self.optimizer]
         lr = usual if self.lr is None else self.lr
         return replace(

@@ -228,11 +228,11 @@ def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], line
     axes = figure.subplots()
     colours = iter(COLOURS * (1 + (len(histories) + len(lines)) // len(COLOURS)))
     for name, value in lines.items():
-        axes.axhline(value, color=next(colours), ls="--", label=f"{_plain(name)} (no epochs)")
+        axes.axhline(value, color=next(colours), ls="--", label=f"{_plain(name)}, validation (no epochs)")
     for name, history in histories.items():
         colour = next(colours)
         watched = find_watched(history)
-        what = f"{_plain(name)}{', held-out training images' if watched == 'holdout' else ''}"
+        what = f"{_plain(name)}{', held-out training images' if watched == 'holdout' else ', validation'}"
         for split, style, label in (
             (watched, "o-", what),
             ("train", ":", f"{_plain(name)}, training (augmented)"),

@@ -97,6 +97,11 @@ def read_rank() -> int:
     return int(os.environ["RANK"]) if is_launched() else 0
 
 
+def count_neighbours() -> int:
+    """How many of the launched processes share this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_launched() else 1
+
+
 def choose_local_device(name: str) -> str:
     """The device of this process: of several on a machine with GPUs each has its own.
 

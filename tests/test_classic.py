@@ -65,10 +65,8 @@ def some_photos(hymenoptera: Path, tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize(("batch_size", "seed"), [(4, 0), (5, 3)])
-def test_two_epochs_give_the_weights_of_the_plain_loop_bit_for_bit(
-    some_photos: Path, tmp_path: Path, batch_size: int, seed: int
-) -> None:
+def test_two_epochs_give_the_weights_of_the_plain_loop_bit_for_bit(some_photos: Path, tmp_path: Path) -> None:
+    batch_size, seed = 5, 3  # the last batch is a short one
     torch.manual_seed(11)
     plain = models.resnet18()
     torch.save(plain.state_dict(), tmp_path / "w.pth")
@@ -87,3 +85,9 @@ def test_two_epochs_give_the_weights_of_the_plain_loop_bit_for_bit(
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
     assert "optimistic" in run.record.selection
+    again = models.resnet18(num_classes=2)
+    again.load_state_dict(found)
+    plain.load_state_dict(expected)
+    images = torch.randn(3, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(images), plain.eval()(images))

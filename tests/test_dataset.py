@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from featcache.dataset import (
     describe_data,
     find_shared_images,
     hash_clip,
+    hold_out,
     is_clip_name,
     is_image_name,
     is_validation,
@@ -36,6 +37,7 @@ from featcache.dataset import (
     summarise,
 )
 from featcache.errors import BadImage, DatasetError, ImageError
+from featcache.files import hash_bytes
 from featcache.progress import Progress
 
 DIGESTS = st.binary(min_size=1, max_size=8).map(lambda data: hashlib.sha256(data).hexdigest())
@@ -808,3 +810,49 @@ def test_a_clip_that_goes_is_one_that_cannot_be_read(clip_data: Path) -> None:
     (clip_data / "empty").mkdir()
     with pytest.raises(ImageError, match="has no frames any more"):
         hash_clip(clip_data / "empty")
+
+
+# --- images held out --------------------------------------------------------------------------------------------------
+
+
+def make_classes(counts: Sequence[int], *, twins: int = 1) -> Split:
+    """So many images of each class, every content `twins` times."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return Split(
+        paths=tuple(f"{i}.jpg" for i in range(len(labels))),
+        labels=labels,
+        digests=tuple(hash_bytes(f"{label} {i // twins}".encode()) for i, label in enumerate(labels)),
+    )
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=5), share=st.floats(0.01, 0.99), seed=st.integers(0, 3))
+def test_held_out_images_are_a_share_of_each_class_and_never_all_of_it(
+    counts: list[int], share: float, seed: int
+) -> None:
+    rows, classes = make_classes(counts), [str(c) for c in range(len(counts))]
+    if max(counts) == 1:
+        with pytest.raises(DatasetError, match=r"no class has two training images that differ.*--select-on none"):
+            hold_out(rows, classes, share, seed)
+        return
+    train, held = hold_out(rows, classes, share, seed)
+    assert sorted(train.paths + held.paths) == sorted(rows.paths)
+    assert len(held) > 0
+    of_train, of_held = (np.bincount(part.labels, minlength=len(counts)) for part in (train, held))
+    assert (of_train > 0).all()
+    wanted = [min(round(share * n), n - 1) for n in counts]
+    assert of_held.tolist() == wanted or sum(wanted) == 0
+
+
+def test_equal_bytes_are_held_out_together_and_another_seed_holds_out_others() -> None:
+    rows = make_classes([20, 20], twins=2)
+    train, held = hold_out(rows, ["a", "b"], 0.3, 0)
+    assert not set(train.digests) & set(held.digests)
+    assert {hold_out(rows, ["a", "b"], 0.3, seed)[1].paths for seed in range(5)} > {held.paths}
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_or_on_other_images() -> None:
+    rows = make_classes([12, 12])
+    _, held = hold_out(rows, ["a", "b"], 0.25, 0)
+    backwards = Split(paths=rows.paths[::-1], labels=rows.labels[::-1], digests=rows.digests[::-1])
+    assert set(hold_out(backwards, ["a", "b"], 0.25, 0)[1].paths) == set(held.paths)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, TinyFamily
+from conftest import Outcome, TinyFamily, TinyNetwork
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -229,13 +229,25 @@ def test_lp_fts_first_logits_are_those_of_the_head(photos: Path, tmp_path: Path,
     config = config.settle(has_test=False, clips=False, device="cpu", bfloat16=False)
     backbone, device = load_backbone("tiny", weights="none"), torch.device("cpu")
     samples = gather_samples(list_dataset(photos), backbone, config, ALONE, SILENT)
-    probe = fit_probe(photos, samples, config, device, SILENT)
+    probe = fit_probe(photos, samples, backbone, config, device, SILENT)
     trainee = prepare_network(samples, backbone, config, device, probe=probe)
     assert trainee.batch_norm[0] == "fixed"  # tiny's own default follows the batches
     cached = featcache.read_cache(tmp_path / "f.h5").splits["val"]
     with torch.inference_mode():
         found = [trainee.network.eval()(images) for images, _ in WatchedBatches(trainee, cached.listing)]
     np.testing.assert_allclose(torch.cat(found), probe.head.logits(cached.features), atol=2e-3)
+
+
+def test_lp_ft_takes_a_network_that_is_given_in_python(photos: Path, tmp_path: Path) -> None:
+    images = featcache.InputFormat(input_size=(16, 16), mean=(0.5,), std=(0.25,))
+    backbone = featcache.wrap_network(TinyNetwork(), images, name="mine")
+    before = {name: value.clone() for name, value in backbone.network.state_dict().items()}
+    features = tmp_path / "f.h5"
+    run = featcache.finetune(
+        photos, tmp_path / "run", backbone=backbone, mode="lp-ft", epochs=1, features=str(features)
+    )
+    assert run.record.extractor["backbone"] == featcache.read_cache(features).extractor["backbone"] == "mine"
+    assert all(torch.equal(value, before[name]) for name, value in backbone.network.state_dict().items())
 
 
 def test_lp_ft_goes_on_without_its_features(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
@@ -253,6 +265,11 @@ def test_lp_ft_says_so_where_no_linear_head_fits() -> None:
     head = LinearHead(weight=np.zeros((2, 8), np.float32), bias=np.zeros(2, np.float32))
     with pytest.raises(BackboneError, match=r"squeezenet.*\(Conv2d\).*--mode staged"):
         put_in_head(nn.Conv2d(8, 2, 1), head, "squeezenet1_0")
+
+
+def test_clips_are_not_mixed() -> None:
+    with pytest.raises(SettingsError, match=r"--mixup is 0\.2: expected 0: clips are not mixed"):
+        FinetuneConfig(mixup=0.2).settle(has_test=False, clips=True, device="cpu", bfloat16=False)
 
 
 @pytest.mark.parametrize("mode", ["full", "head", "staged", "lp-ft"])
@@ -462,6 +479,12 @@ def test_out_of_memory_names_what_to_try(error: Exception, batch_size: int, cure
     message = f"out of memory with batches of {batch_size} images; try {cure}"
     with pytest.raises(TrainingError, match=message), explaining_failures(FinetuneConfig(batch_size=batch_size)):
         raise error
+
+
+def test_a_batch_norm_without_statistics_says_what_cures_it() -> None:
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    with pytest.raises(TrainingError, match="another --batch-size"), explaining_failures(FinetuneConfig()):
+        network(torch.zeros(1, 2))
 
 
 def test_other_errors_pass_as_they_are() -> None:

@@ -615,6 +615,11 @@ def test_another_process_that_is_not_forked_gets_an_empty_memory(folder: Path) -
     assert (len(memory), len(copied), copied.limit) == (1, 0, 0)
 
 
+def test_several_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.images.count_cores", lambda: 16)
+    assert [choose_workers(999, torch.device("cuda"), processes=n) for n in (1, 4, 16, 99)] == [15, 3, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("device", "cores", "n", "workers"),
     [

@@ -102,7 +102,7 @@ def test_two_processes_train_as_one_does_on_the_same_whole_batches(place: Path) 
 
 
 def test_two_processes_that_are_killed_go_on_and_end_alike(place: Path) -> None:
-    arguments = ("--batch-norm", "train", "--checkpoint-every", "0", "--epochs", "40")
+    arguments = ("--batch-norm", "train", "--checkpoint-every", "0", "--epochs", "15")
     assert train(place, "whole", *arguments, processes=2).code == 0
     with subprocess.Popen(
         command("killed", *arguments, processes=2),

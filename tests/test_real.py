@@ -53,7 +53,7 @@ def job(hymenoptera: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplac
     place.printed["extract"] = place.featcache("extract", hymenoptera, *LITE)
     place.printed["again"] = place.featcache("extract", hymenoptera, *LITE)
     place.printed["head"] = place.featcache("train-head", "features.h5")
-    place.printed["finetune"] = place.featcache("finetune", hymenoptera, *LITE, "--epochs", "2")
+    place.printed["finetune"] = place.featcache("finetune", hymenoptera, *LITE, "--epochs", "1")
     place.printed["compare"] = place.featcache("compare", hymenoptera)
     return place
 

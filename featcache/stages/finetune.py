@@ -173,7 +173,11 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint should know beside the state of the training."""
-        return {**self.before, "seconds": self.count_seconds(), "environment": describe_machine()}
+        return {
+            **self.before,
+            "seconds": self.count_seconds(),
+            "environment": describe_machine() | {"device": self.device.type},
+        }
 
 
 def prepare_job(
@@ -257,7 +261,7 @@ def provide_probe(job: Job) -> Probe:
     """The linear head that lp-ft begins with; of several processes the first one fits it for all."""
     probe = None
     if job.processes.is_first:
-        probe = fit_probe(job.data, job.samples, job.config, job.device, job.progress)
+        probe = fit_probe(job.data, job.samples, job.backbone, job.config, job.device, job.progress)
     probe = job.processes.share(probe)
     assert probe is not None
     job.before["probe"] = {
@@ -313,7 +317,7 @@ def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -
     progress = trainer.progress
     where = f"epoch {progress.epoch + 1}, step {progress.batches}" if progress.images else f"epoch {progress.epoch}"
     job.progress.say(f"{job.checkpoints.folder}: goes on after {where}")
-    if changes := list_changes(flatten(more["environment"]), flatten(describe_machine())):
+    if changes := list_changes(flatten(more["environment"]), flatten(job.describe()["environment"])):
         note = (
             f"taken up again with another environment ({'; '.join(changes)}): the weights may differ in the last bits"
         )
@@ -463,7 +467,7 @@ def open_board(job: Job) -> Iterator[Callable[[Epoch], None]]:
 
 @contextlib.contextmanager
 def explaining_failures(config: FinetuneConfig) -> Iterator[None]:
-    """Say what cures it when the memory is too small, or an operator is not deterministic.
+    """Say what cures it when the memory or a batch is too small, or an operator is not deterministic.
 
     Raises
     ------
@@ -472,12 +476,17 @@ def explaining_failures(config: FinetuneConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+    except (RuntimeError, ValueError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error)
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --input-size"
             raise TrainingError(
                 f"out of memory with batches of {config.batch_size} images; try {smaller}, or a smaller network"
+            ) from error
+        if "Expected more than 1 value per channel" in text:
+            raise TrainingError(
+                "BatchNorm has no statistics of a single image: choose another --batch-size, so that no batch, and no "
+                "process's share of one, is a single image, or --batch-norm fixed"
             ) from error
         if config.deterministic and "deterministic" in text:
             raise TrainingError(f"--deterministic: {text.splitlines()[0]}; leave the option out") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from featcache.images import (
     make_loader,
     make_pixel_transform,
 )
-from featcache.processes import ALONE, Processes
+from featcache.processes import ALONE, Processes, count_neighbours
 from featcache.progress import SILENT, Progress
 from featcache.runtime import keep_freed_memory
 from featcache.stages.extract import extract_features
@@ -142,6 +144,12 @@ class Trainee:
             return "fixed", "BatchNorm keeps its statistics: the head was fitted to features that were made with them"
         return self.backbone.batch_norm
 
+    def choose_workers(self, n_images: int) -> int:
+        """Processes that decode for this one."""
+        if self.config.workers is not None:
+            return self.config.workers
+        return choose_workers(n_images, self.device, processes=count_neighbours())
+
     @property
     def title(self) -> str:
         """A few words for tables and figures."""
@@ -247,7 +255,12 @@ def prepare_network(
 
 
 def fit_probe(
-    data: Path | str, samples: Samples, config: FinetuneConfig, device: torch.device, progress: Progress
+    data: Path | str,
+    samples: Samples,
+    backbone: Backbone,
+    config: FinetuneConfig,
+    device: torch.device,
+    progress: Progress,
 ) -> Probe:
     """The linear head that fits the cached features of the training images, its penalty chosen among them.
 
@@ -256,13 +269,15 @@ def fit_probe(
     FeatcacheError
         Whatever `extract_features` raises.
     """
+    given: dict[str, Any] = {"backbone": config.backbone, "weights": config.weights}
+    if backbone.weights["requested"] == "given":  # in Python, and has no name to be made from
+        given = {"backbone": copy.deepcopy(backbone)}
     began, images = time.perf_counter(), {name: getattr(config, name) for name in FinetuneConfig.IMAGES}
     extraction = extract_features(
         data,
         config.features,
         progress=progress,
-        backbone=config.backbone,
-        weights=config.weights,
+        **given,
         val_fraction=config.val_fraction,
         seed=config.seed,
         device=str(device),
@@ -391,7 +406,7 @@ class TrainingBatches:
         self._loader = make_loader(
             rows,
             batches=self._order,
-            workers=choose_workers(len(rows), trainee.device) if config.workers is None else config.workers,
+            workers=trainee.choose_workers(len(rows)),
             pin=trainee.device.type == "cuda",
             generator=None if self._order.one_stream else torch.Generator(),
         )
@@ -463,7 +478,7 @@ class WatchedBatches:
         self._loader = make_loader(
             rows,
             batch_size=max(config.batch_size // processes.size, GPU_BATCH if trainee.device.type == "cuda" else 1),
-            workers=choose_workers(len(rows), trainee.device) if config.workers is None else config.workers,
+            workers=trainee.choose_workers(len(rows)),
             pin=trainee.device.type == "cuda",
             generator=None if self._one_stream else torch.Generator(),
         )

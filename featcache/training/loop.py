@@ -523,7 +523,7 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
     """Put back what `find_random_state` gave."""
     n = len(torch.get_rng_state())
     torch.set_rng_state(state[:n].clone())
-    if device.type == "cuda":
+    if device.type == "cuda" and len(state) > n:  # a training that began on a CPU has none
         torch.cuda.set_rng_state(state[n:].clone(), device)
 
 

@@ -246,7 +246,7 @@ def try_fault(bench: Bench, place: str, log: list[tuple[str, str]], at: int, kin
 def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
     """kill -9 real extractions of resnet18, by the command line, at random moments; then the same command again."""
     featcache.cache.parts.PART_SECONDS = 0.1
-    data = make_photos(folder / "photos", 14, 6)
+    data, rows = make_photos(folder / "photos", 8, 4), 24
     wrong: list[str] = []
     counts = {"killed": 0, "finished before": 0, "rows kept": 0, "rows computed again": 0}
 
@@ -271,7 +271,7 @@ def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
         code, _ = in_child(lambda output=output: run(arguments(output)), kill_after=draw.uniform(0.2 * span, span))  # type: ignore[misc]
         counts["killed" if code == SIGKILLED else "finished before"] += 1
         parts, damaged = list_parts(output, "rows", key)
-        kept = 40 if output.exists() else sum(len(part.columns["digests"]) for part in parts)
+        kept = rows if output.exists() else sum(len(part.columns["digests"]) for part in parts)
         counts["rows kept"] += kept
         if damaged:
             wrong.append(f"{trial}: damaged parts {damaged}")
@@ -279,7 +279,7 @@ def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
         if code or not output.exists():
             wrong.append(f"{trial}: the second run gave {code}")
             continue
-        counts["rows computed again"] += 40 - kept
+        counts["rows computed again"] += rows - kept
         if open_cache(output).content_sha256 != content or columns(output) != columns(reference):
             wrong.append(f"{trial}: the end is another one")
         if verify_cache(output).damaged or list_leftovers(output):

@@ -71,7 +71,7 @@ def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
         expected[recipe] = find_result(reference)
     for trial in range(n):
         # the decoders of a killed run notice only after seconds that they are orphans, and hold its lock meanwhile
-        recipe = "loaded by two" if trial % 7 == 3 else ("classic", "laden")[trial % 2]
+        recipe = "loaded by two" if trial % 20 == 3 else ("classic", "laden")[trial % 2]
         place = folder / f"trial_{trial}"
         place.mkdir()
         work = lambda place=place, recipe=recipe: run(arguments(data, place / "run", recipe))  # noqa: E731
