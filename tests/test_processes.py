@@ -83,7 +83,8 @@ def find_difference(place: Path, one: str, other: str) -> float:
 
 
 def test_two_processes_train_as_one_does_on_the_same_whole_batches(place: Path) -> None:
-    arguments = ("--batch-norm", "fixed", "--class-weight", "balanced", "--weight-decay", "0.01", "--json")
+    arguments = ("--mode", "staged", "--batch-norm", "fixed", "--class-weight", "balanced", "--weight-decay", "0.01")
+    arguments += ("--lr-backbone", "0.02", "--ema", "0.5", "--json")
     alone = train(place, "one", *arguments)
     both = train(place, "two", *arguments, processes=2)
     assert (alone.code, both.code) == (0, 0), both.err

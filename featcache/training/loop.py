@@ -235,8 +235,10 @@ class Trainer:
         stage.choose_parameters(self.network)
         self.optimizer = stage.make_optimizer(self.network)
         self.scheduler = stage.make_scheduler(self.optimizer, len(self.train_batches))
-        forward = torch.compile(self.network) if self.recipe.compiled else self.network
-        self.forward: Callable[[Tensor], Tensor] = self.processes.wrap(forward)  # type: ignore[arg-type]
+        self.forward: Callable[[Tensor], Tensor] = self.network  # NOTE: an older wrapper must be gone before the next
+        if self.recipe.compiled:
+            self.forward = torch.compile(self.network)
+        self.forward = self.processes.wrap(self.forward)  # type: ignore[arg-type]
 
     def _run_epoch(self, on_step: Callable[[Trainer], None] | None) -> None:
         """The gradient steps of an epoch, or the rest of them."""

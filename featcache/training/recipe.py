@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-KEEPS = ("best", "best, then least loss", "last")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
