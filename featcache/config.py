@@ -40,6 +40,9 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CHOICES = {"pool": POOLS, "layout": LAYOUTS, "channels": CHANNELS, "interpolation": INTERPOLATIONS}
 EXECUTION = ("precision", "decoder")  # decide the features, and are no part of the backbone
 VIEWS = ("views", "test_views")  # decide how many rows of features there are of an image, and no row
+MAX_COUNT = 10**9  # of epochs, images in a batch, ...
+MAX_NUMBER = 1e38  # that float32 still holds
+MAX_SEED = 2**62
 MAX_VIEWS = 1000  # of one image
 # What stands for the backbone of features that were made elsewhere, perhaps followed by ":" and what made them.
 IMPORTED = "imported"
@@ -631,6 +634,7 @@ class FinetuneConfig(ImageSettings):
         """
         for name in ("mixup", "cutmix"):
             self._require(not (clips and getattr(self, name)), name, "0: clips are not mixed")
+        self._require(not (clips and self.channels_last), "channels_last", "nothing: clips have another order")
         usual, usual_backbone = self.RATES[self.mode][self.optimizer]
         lr = usual if self.lr is None else self.lr
         return replace(
@@ -655,9 +659,16 @@ class FinetuneConfig(ImageSettings):
         usual = {name: getattr(FinetuneConfig, name) for name in self.FURTHER}
         usual.update(precision="fp32", channels_last=True)
         further = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
-        if self.mode != "staged":
-            further.pop("head_epochs", None)
-        return super().result_settings() | further | ({"one_stream": True} if self.one_stream else {})
+        values = super().result_settings() | further | ({"one_stream": True} if self.one_stream else {})
+        if self.select_on == "holdout":
+            values["holdout_fraction"] = self.holdout_fraction
+        idle = {
+            "head_epochs": self.mode != "staged",
+            "momentum": self.optimizer != "sgd",
+            "step_size": self.schedule != "step",
+            "gamma": self.schedule != "step",
+        }
+        return {name: value for name, value in values.items() if not idle.get(name)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -667,21 +678,24 @@ class FinetuneConfig(ImageSettings):
             self._require(known, name, " or ".join(choices))
         for name in ("epochs", "head_epochs", "batch_size", "step_size", "patience"):
             value = getattr(self, name)
-            self._require(value is None or value >= 1, name, "1 or more")
+            self._require(value is None or _is_whole(value, 1, MAX_COUNT), name, f"a whole number, 1 to {MAX_COUNT:,}")
         for name in ("lr", "lr_backbone", "gamma", "time_budget"):
             value = getattr(self, name)
-            self._require(value is None or 0 < value < math.inf, name, "a number above 0")
+            self._require(value is None or (_is_number(value) and 0 < value < MAX_NUMBER), name, "a number above 0")
         for name in ("weight_decay", "warmup", "mixup", "cutmix", "checkpoint_every"):
             value = getattr(self, name)
-            self._require(value is None or 0 <= value < math.inf, name, "0 or more")
+            self._require(value is None or (_is_number(value) and 0 <= value < MAX_NUMBER), name, "0 or more")
+        for name in ("mixup", "cutmix"):
+            self._require(not 0 < getattr(self, name) < 0.001, name, "0, or 0.001 and more")
+        self._require(self.warmup is None or self.warmup < self.epochs, "warmup", f"fewer epochs than {self.epochs}")
         self._require(0 <= self.momentum < 1, "momentum", "0 or more, below 1")
         self._require(0 < self.layer_decay <= 1, "layer_decay", "a number above 0, at most 1")
         self._require(0 <= self.label_smoothing < 1, "label_smoothing", "0 or more, below 1")
         self._require(self.ema is None or 0 < self.ema < 1, "ema", "a number between 0 and 1")
-        self._require(self.workers is None or self.workers >= 0, "workers", "0 or more")
+        self._require(self.workers is None or _is_whole(self.workers, 0, MAX_COUNT), "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(0 < self.holdout_fraction < 1, "holdout_fraction", "a share between 0 and 1")
-        self._require(self.seed >= 0, "seed", "0 or more")
+        self._require(_is_whole(self.seed, 0, MAX_SEED), "seed", f"a whole number, 0 to {MAX_SEED:,}")
         self._require(self.tensorboard != "", "tensorboard", "a folder")
         self._check_heeded()
 
@@ -740,6 +754,14 @@ class CompareConfig(Settings):
     def stated(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that were stated."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and least <= value <= most
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def is_imported(backbone: str) -> bool:

@@ -37,7 +37,15 @@ from typing import NamedTuple
 
 
 class FeatcacheError(Exception):
-    """The root: anything that featcache can explain in one line."""
+    """The root: anything that featcache can explain in one line.
+
+    Attributes
+    ----------
+    told
+        Whether another process of the same job says it.
+    """
+
+    told: bool = False
 
 
 class SettingsError(FeatcacheError, ValueError):

@@ -40,7 +40,7 @@ def draw_curves(history: Sequence[Mapping[str, float]], title: str) -> Figure:
             axes.plot([row["epoch"] for row in rows], values, "o-", ms=4, color=colour, label=labels[split])
         _label(axes, "epoch", f"{what} (nats)" if what == "loss" else what)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    figure.axes[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     figure.axes[0].legend(frameon=False)
     return figure
 
@@ -242,7 +242,7 @@ def draw_arm_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], line
             axes.plot([row["epoch"] for row in rows], values, style, ms=4, color=colour, label=label)
     _label(axes, "epoch", "accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return figure
 

@@ -7,16 +7,17 @@ Knows numbers and tensors; nothing of images, files or what is trained.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from featcache.errors import DeviceError
+from featcache.errors import DeviceError, FeatcacheError
 
 T = TypeVar("T")
 # One process may extract features or write a run while the others wait; torchrun ends all when one has died.
@@ -63,6 +64,31 @@ class Processes:
         shared: T = box[0]
         return shared
 
+    def do_first(self, work: Callable[[], T]) -> T:
+        """What the first process's work gives, on each; the others wait for it.
+
+        Raises
+        ------
+        FeatcacheError
+            On every process if the work raises one; the first one's is to be told.
+        """
+        if not self.several:
+            return work()
+        answer: tuple[Any, str | None] = (None, None)
+        caught: FeatcacheError | None = None
+        if self.is_first:
+            try:
+                answer = (work(), None)
+            except FeatcacheError as error:
+                caught, answer = error, (None, str(error))
+        value, words = self.share(answer)
+        if caught is not None:
+            raise caught
+        if words is not None:
+            raise tell_elsewhere(words)
+        result: T = value
+        return result
+
     def collect(self, value: T) -> list[T]:
         """Every process's value by its rank, on each."""
         if not self.several:
@@ -85,6 +111,25 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def tell_elsewhere(words: str) -> FeatcacheError:
+    """An error that another process tells of."""
+    error = FeatcacheError(words)
+    error.told = True
+    return error
+
+
+def measure_age() -> float:
+    """Seconds since this process was started; 0 where the system does not say.
+
+    Source: proc_pid_stat(5), field 22, and proc_uptime(5).
+    """
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def is_launched() -> bool:
@@ -127,6 +172,8 @@ def choose_local_device(name: str) -> str:
 def join_processes(device: torch.device) -> Iterator[Processes]:
     """The group of the processes that were launched together, while the block lasts.
 
+    Where another process ends, this one ends with a FeatcacheError that need not be told.
+
     Over NCCL on CUDA, over gloo on CPUs. A process that was started alone is alone; in a group that a program of its
     own has made, that group is taken and left as it is.
 
@@ -143,5 +190,9 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size())
+    except RuntimeError as error:  # of a process that ended, which says why by itself
+        if isinstance(error, distributed.DistError) or "/gloo/" in str(error):
+            raise tell_elsewhere("another of the processes has ended") from error
+        raise
     finally:
         distributed.destroy_process_group()

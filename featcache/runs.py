@@ -279,7 +279,8 @@ def list_changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     for name in [*found, *(name for name in wanted if name not in found)]:
         if found.get(name) != wanted.get(name):
             plain = name not in ("images", "weights tensors")
-            changes.append(f"{name}: {found.get(name)} -> {wanted.get(name)}" if plain else f"other {name}")
+            before, after = ("unset" if one.get(name) is None else one[name] for one in (found, wanted))
+            changes.append(f"{name}: {before} -> {after}" if plain else f"other {name}")
     return changes
 
 

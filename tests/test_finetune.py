@@ -32,7 +32,7 @@ from featcache.errors import (
     TrainingError,
 )
 from featcache.files import hash_file
-from featcache.heads import LinearHead, fit_head
+from featcache.heads import fit_head
 from featcache.processes import ALONE
 from featcache.progress import SILENT
 from featcache.runs import read_history, read_predictions
@@ -45,7 +45,6 @@ from featcache.stages.prepare_training import (
     gather_samples,
     make_recipe,
     prepare_network,
-    put_in_head,
 )
 from featcache.training import Trainer, Training
 
@@ -176,7 +175,18 @@ def test_skip_bad_trains_on_the_rest(photos: Path, tmp_path: Path, tiny: type[Ti
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("epochs", 0), ("lr", -1.0), ("momentum", 1.0), ("batch_norm", "off"), ("val_fraction", 1.5)]
+    ("setting", "value"),
+    [
+        ("epochs", 0),
+        ("epochs", 2.5),
+        ("epochs", "3"),
+        ("seed", 1.5),
+        ("lr", -1.0),
+        ("lr", "1"),
+        ("momentum", 1.0),
+        ("batch_norm", "off"),
+        ("val_fraction", 1.5),
+    ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_option_name(
     photos: Path, tmp_path: Path, setting: str, value: object
@@ -261,10 +271,11 @@ def test_lp_ft_goes_on_without_its_features(photos: Path, tmp_path: Path, tiny: 
     assert not (tmp_path / "f.h5").exists()
 
 
-def test_lp_ft_says_so_where_no_linear_head_fits() -> None:
-    head = LinearHead(weight=np.zeros((2, 8), np.float32), bias=np.zeros(2, np.float32))
+def test_lp_ft_says_so_where_no_linear_head_fits_before_anything_is_extracted(photos: Path, tmp_path: Path) -> None:
+    settings = {"backbone": "squeezenet1_0", "weights": "none", "mode": "lp-ft", "features": str(tmp_path / "f.h5")}
     with pytest.raises(BackboneError, match=r"squeezenet.*\(Conv2d\).*--mode staged"):
-        put_in_head(nn.Conv2d(8, 2, 1), head, "squeezenet1_0")
+        featcache.finetune(photos, tmp_path / "run", **settings)
+    assert not (tmp_path / "f.h5").exists()
 
 
 def test_clips_are_not_mixed() -> None:
@@ -438,6 +449,61 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights(photos: Path, tmp_
     assert load_backbone("tiny", weights=best).width == 8  # something to start from
 
 
+@pytest.mark.usefixtures("at_once", "tiny")
+def test_another_runs_checkpoint_is_kept_when_a_finished_one_is_asked_for_again(photos: Path, tmp_path: Path) -> None:
+    featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY)
+    interrupt_after(photos, tmp_path / "run", 3, force=True, **EVERY_STEP)
+    assert featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY).reused
+    assert (tmp_path / "run.checkpoint/checkpoint.json").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_link_to_a_folder_stays_a_link(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run = featcache.finetune(photos, tmp_path / "link", epochs=1, **TINY)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/run.json").exists()
+    assert featcache.finetune(photos, tmp_path / "link", epochs=1, **TINY).reused
+    assert run.folder == tmp_path / "real"
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": NaN}', "cannot be read.*--no-resume"),
+        ("[" * 5000, "cannot be read.*--no-resume"),
+        ("[]", "is damaged.*--no-resume"),
+        ("{}", "is damaged.*--no-resume"),
+        (None, "cannot be read.*--no-resume"),
+    ],
+)
+def test_odd_things_in_place_of_a_checkpoint_are_one_line(
+    photos: Path, tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "run.checkpoint/checkpoint.json"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY)
+    if content is None:
+        with pytest.raises(OutputError, match=r"cannot remove .*checkpoint.json: .*; move it away"):
+            featcache.finetune(photos, tmp_path / "run", epochs=1, resume=False, **TINY)
+    else:
+        featcache.finetune(photos, tmp_path / "run", epochs=1, resume=False, **TINY)
+        assert not path.parent.exists()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_in_place_of_the_checkpoints_folder_is_one_line(photos: Path, tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "run.checkpoint").write_text("mine")
+    with pytest.raises(OutputError, match=r"run.checkpoint is there and is no folder of checkpoints"):
+        featcache.finetune(photos, tmp_path / "run", epochs=1, resume=resume, **TINY)
+    assert (tmp_path / "run.checkpoint").read_text() == "mine"
+
+
 @pytest.mark.usefixtures("tiny")
 def test_two_runs_into_one_folder_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
     with (
@@ -460,10 +526,20 @@ def test_a_time_budget_cuts_the_training_short_and_all_is_there(photos: Path, tm
 
 
 @pytest.mark.usefixtures("tiny")
+def test_an_epoch_that_was_cut_short_says_so(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.stages.finetune.WRITING_SECONDS", 1e9)
+    run = featcache.finetune(photos, tmp_path / "run", epochs=3, time_budget=60, **TINY)
+    assert "stopped in the middle of epoch 1, after 4 of 10 images: the time budget was spent" in run.record.notes
+    assert run.record.title == "fine-tuned tiny, 3 epochs, stopped in 1"
+    assert read_history(run.folder / "history.csv")[0]["images"] == 4
+
+
+@pytest.mark.usefixtures("tiny")
 def test_a_budget_that_is_too_small_for_anything_still_takes_a_step(photos: Path, tmp_path: Path) -> None:
     run = featcache.finetune(photos, tmp_path / "run", epochs=3, time_budget=0.001, **TINY)
     assert len(read_history(tmp_path / "run/history.csv")) == 1
     assert run.record.accuracy["val"]["n"] == 6
+    assert any("0.001 s were too few" in note for note in run.record.notes)
 
 
 @pytest.mark.parametrize(
@@ -513,6 +589,13 @@ def test_images_in_memory_change_nothing(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("place", ["/", "."])
+def test_a_place_without_a_name_is_one_line(photos: Path, cli: Callable[..., Outcome], place: str) -> None:
+    outcome = cli("finetune", photos, "--backbone", "tiny", "--weights", "none", "-o", place)
+    assert (outcome.code, f"cannot write a run to {place}: expected a folder of its own" in outcome.err) == (1, True)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_everything_at_once_trains_and_loads_again(photos: Path, tmp_path: Path) -> None:
     run = featcache.finetune(
         photos,
@@ -536,7 +619,9 @@ def test_everything_at_once_trains_and_loads_again(photos: Path, tmp_path: Path)
     )
     settings = run.record.settings
     assert {"mixup": 0.2, "ema": 0.9, "precision": "bf16", "layer_decay": 0.8}.items() <= settings.items()
-    assert "head_epochs" not in settings
+    assert not {"head_epochs", "momentum", "step_size", "gamma"} & set(settings)
+    assert run.record.notes[0].startswith("adamw, learning rate 0.001, 0.0001 of the backbone, one-cycle schedule")
+    assert all(words in run.record.notes[0] for words in ("mixup 0.2", "ema 0.9", "augment randaugment", "bf16"))
     assert featcache.load_classifier(run.folder).classes == ("blue", "red")
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     rows = read_history(run.folder / "history.csv")
@@ -576,6 +661,11 @@ def test_a_time_is_said_in_seconds_minutes_or_hours(text: str, seconds: float) -
         (["--head-epochs", "3"], "--head-epochs would do nothing here: it is of --mode staged"),
         (["--ema", "1"], "--ema is 1.0: expected a number between 0 and 1"),
         (["--layer-decay", "1.5"], "--layer-decay is 1.5"),
+        (["--warmup", "25"], "--warmup is 25.0: expected fewer epochs than 25"),
+        (["--lr", "1e39"], "--lr is 1e+39"),
+        (["--seed", "18446744073709551616"], "--seed is 18446744073709551616"),
+        (["--mixup", "1e-300"], "--mixup is 1e-300: expected 0, or 0.001 and more"),
+        (["--batch-size", "10000000000"], "--batch-size is 10000000000"),
     ],
 )
 def test_what_would_do_nothing_or_makes_no_sense_is_a_usage_error(

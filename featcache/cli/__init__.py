@@ -122,7 +122,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = error.exit_code
     except FeatcacheError as error:
         lines = str(error).split("\n") if isinstance(error, BadImagesError) else [str(error)]
-        print("Error: " + "\n".join(map(make_printable, lines)), file=sys.stderr)
+        if not error.told:
+            print("Error: " + "\n".join(map(make_printable, lines)), file=sys.stderr)
         code = USAGE if isinstance(error, SettingsError) else ERROR
     except (KeyboardInterrupt, click.Abort) as error:
         terminated = isinstance(error.__cause__ or error, Terminated)  # click turns every KeyboardInterrupt into Abort

@@ -76,7 +76,7 @@ recipe_options = combine(
     choice("schedule", "How the learning rate goes."),
     number("step_size", "Of step: epochs between steps.", COUNT, "EPOCHS"),
     number("gamma", "Of step: factor of each."),
-    number("warmup", "Epochs in which the rate grows first.  [default: none; one-cycle: 30 % of all]",
+    number("warmup", "Epochs, fewer than all, in which the rate grows first.  [default: none; one-cycle: 30 % of all]",
            metavar="EPOCHS"),
     choice("batch_norm", "BatchNorm statistics: follow the batches, stay fixed, or the backbone's default."),
     choice("augment", "What happens to training images."),
@@ -134,14 +134,14 @@ def command(data: str, output: str, as_json: bool, freeze: bool, **settings: Any
       featcache finetune photos --mode lp-ft --epochs 5
       torchrun --nproc-per-node 2 -m featcache finetune photos
     """
-    from featcache.processes import read_rank
+    from featcache.processes import measure_age, read_rank
     from featcache.progress import SILENT
     from featcache.stages.finetune import finetune
 
     if freeze:
         settings["mode"] = "head"
     is_first = read_rank() == 0
-    run = finetune(data, output, progress=TerminalProgress() if is_first else SILENT, **settings)
+    run = finetune(data, output, progress=TerminalProgress() if is_first else SILENT, age=measure_age(), **settings)
     if is_first:
         print_run(run, as_json)
         list_left_out(run.left_out)

@@ -19,7 +19,7 @@ from featcache.bundle import save_network
 from featcache.cache import hold_output
 from featcache.config import RUNS_DIR, FinetuneConfig
 from featcache.dataset import Split, check_root, describe_data
-from featcache.errors import BadImage, BadImagesError, RunError, TrainingError
+from featcache.errors import BadImage, BadImagesError, OutputError, RunError, TrainingError
 from featcache.extras import import_extra
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.metrics import to_probabilities
@@ -55,10 +55,10 @@ from featcache.stages.prepare_training import (
     make_recipe,
     prepare_network,
 )
-from featcache.training import Checkpoints, Epoch, State, Trainer, Training, keep_if_due
+from featcache.training import CHECKPOINT, Checkpoints, Epoch, State, Trainer, Training, keep_if_due, removing
 
 HISTORY = "history.csv"
-WRITING_SECONDS = 2.0  # that plots and files take at the end
+WRITING_SECONDS = 3.0  # that plots and files, and the end of the process, take
 
 
 def finetune(
@@ -66,6 +66,7 @@ def finetune(
     output: Path | str = f"{RUNS_DIR}/finetune",
     *,
     progress: Progress = SILENT,
+    age: float = 0.0,
     **settings: Any,
 ) -> Run:
     """Train a network on the images of a folder, keep the weights of one epoch, and evaluate them.
@@ -84,6 +85,8 @@ def finetune(
         The run folder.
     progress
         Told what is being done; one line an epoch.
+    age
+        Seconds that went by before this call and count for the time budget.
     settings
         Fields of `featcache.config.FinetuneConfig`.
 
@@ -112,12 +115,14 @@ def finetune(
     """
     started, memory = time.perf_counter(), PeakMemory()
     settings, given = take_backbone(settings)
-    config, output = FinetuneConfig(**settings), Path(output)
+    config, output = FinetuneConfig(**settings), files.follow_link(Path(output))
     check_trainable(config.backbone)
+    check_output_name(output)
     files.check_folder_writable(output.parent, output)
     check_root(Path(data))
     if config.tensorboard:
         import_extra("tensorboard", extra="tensorboard", what="--tensorboard needs")
+        files.check_folder_writable(Path(config.tensorboard), Path(config.tensorboard))
     device = select_device(choose_local_device(config.device))
     with (
         training_settings(device, deterministic=config.deterministic),
@@ -129,9 +134,17 @@ def finetune(
         job = prepare_job(data, output, config, given, device, processes, progress if processes.is_first else SILENT)
         if isinstance(job, Run):
             return job
-        job.started = started
+        job.started, job.age = started, age
         with explaining_failures(config):
             return do_job(job, memory)
+
+
+def check_output_name(output: Path) -> None:
+    """Raise an OutputError if the place has no name that something could lie beside."""
+    if not output.name:
+        raise OutputError(
+            f"cannot write a run to {output}: expected a folder of its own, such as -o {RUNS_DIR}/finetune"
+        )
 
 
 @dataclass(kw_only=True)
@@ -152,6 +165,8 @@ class Job:
         What the sessions before this one left: seconds, notes.
     started
         On the clock of `time.perf_counter`.
+    age
+        Seconds before that which count for the time budget.
     """
 
     data: Path | str
@@ -166,6 +181,7 @@ class Job:
     checkpoints: Checkpoints
     before: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "probe": None, "notes": []})
     started: float = 0.0
+    age: float = 0.0
 
     def count_seconds(self) -> float:
         """What all of it has taken up to now, with what was done before an interruption."""
@@ -190,17 +206,7 @@ def prepare_job(
     progress: Progress,
 ) -> Job | Run:
     """Everything up to the decision whether there is anything to be done; a finished run if there is not."""
-    if not processes.is_first:
-        processes.share(None)  # the first one downloads
-    backbone = copy.deepcopy(given) or load_backbone(  # training must leave alone what was given
-        config.backbone,
-        weights=config.weights,
-        seed=config.seed,
-        images=InputFormat(**config.image_settings()),
-        progress=progress,
-    )
-    if processes.is_first:
-        processes.share(None)
+    backbone = provide_backbone(config, given, processes, progress)
     listing = list_samples(data, backbone, config, progress)
     config = config.settle(
         has_test="test" in listing.splits,
@@ -222,12 +228,37 @@ def prepare_job(
         identity=identity,
         checkpoints=Checkpoints(name_checkpoint(output), identity, every_seconds=config.checkpoint_every),
     )
-    if processes.share(decide_run(output, identity, force=config.force) if processes.is_first else "") != "reuse":
+    if processes.do_first(lambda: decide_run(output, identity, force=config.force)) != "reuse":
         return job
     if processes.is_first:
-        discard_checkpoint(job)  # it was killed after its last step
+        discard_own_checkpoint(job)  # it was killed after its last step
     progress.say(f"{output} is this very run already; --force trains it again")
     return Run(folder=output, record=read_record(output), reused=True, left_out=samples.bad)
+
+
+def provide_backbone(
+    config: FinetuneConfig, given: Backbone | None, processes: Processes, progress: Progress
+) -> Backbone:
+    """The backbone, given or loaded; of several processes the first one downloads and the others come after it."""
+
+    def load() -> Backbone:
+        return load_backbone(
+            config.backbone,
+            weights=config.weights,
+            seed=config.seed,
+            images=InputFormat(**config.image_settings()),
+            progress=progress,
+        )
+
+    if given is not None:
+        return copy.deepcopy(given)  # training must leave alone what was given
+    mine: list[Backbone] = []
+
+    def load_first() -> None:
+        mine.append(load())
+
+    processes.do_first(load_first)
+    return mine[0] if mine else load()
 
 
 def do_job(job: Job, memory: PeakMemory) -> Run:
@@ -236,7 +267,7 @@ def do_job(job: Job, memory: PeakMemory) -> Run:
     found = find_checkpoint(job)
     probe = provide_probe(job) if config.mode == "lp-ft" and found is None else None
     trainee = prepare_network(job.samples, job.backbone, config, job.device, processes, probe)
-    progress.say(f"{trainee.title}; {trainee.batch_norm[1]}")
+    progress.say(f"{trainee.title}: {describe_recipe(config)}")
     if probe is not None:
         progress.say(probe.words)
     trainer = make_trainer(trainee, job)
@@ -252,18 +283,16 @@ def do_job(job: Job, memory: PeakMemory) -> Run:
     if processes.is_first:
         with files.fill_folder(job.output) as folder:
             write_finetune_run(folder, record, trainee, training, predictions)
-        discard_checkpoint(job)
+        discard_checkpoint(job.checkpoints)
     processes.share(None)  # nobody goes before all is written
     return Run(folder=job.output, record=record, left_out=job.samples.bad)
 
 
 def provide_probe(job: Job) -> Probe:
     """The linear head that lp-ft begins with; of several processes the first one fits it for all."""
-    probe = None
-    if job.processes.is_first:
-        probe = fit_probe(job.data, job.samples, job.backbone, job.config, job.device, job.progress)
-    probe = job.processes.share(probe)
-    assert probe is not None
+    probe = job.processes.do_first(
+        lambda: fit_probe(job.data, job.samples, job.backbone, job.config, job.device, job.progress)
+    )
     job.before["probe"] = {
         "words": probe.words,
         "extraction": probe.extraction_seconds,
@@ -289,19 +318,29 @@ def find_checkpoint(job: Job) -> tuple[State, dict[str, Any]] | None:
     RunError
         If it is of other settings, images or weights and `force` is not set, or it is damaged.
     """
-    found = None
-    if job.processes.is_first:
-        description = job.checkpoints.read() if job.config.resume else None
-        if description is None or (job.config.force and description["identity"] != job.identity):
-            discard_checkpoint(job)
-        elif changes := list_changes(description["identity"], job.identity):
+
+    def find() -> tuple[State, dict[str, Any]] | None:
+        folder = job.checkpoints.folder
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise OutputError(f"{folder} is there and is no folder of checkpoints; move it, or choose another -o")
+        if not job.config.resume:
+            if (folder / CHECKPOINT).exists():
+                job.progress.say(f"{folder}: the unfinished run there is given up")
+            discard_checkpoint(job.checkpoints)
+            return None
+        description = job.checkpoints.read()
+        changes = list_changes(description["identity"], job.identity) if description else []
+        if changes and not job.config.force:
             raise RunError(
-                f"{job.checkpoints.folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it "
-                f"with those, name another place with -o, or discard it with --force"
+                f"{folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it with those, "
+                f"name another place with -o, or discard it with --force"
             )
-        else:
-            found = job.checkpoints.find()
-    return job.processes.share(found)
+        if description is None or changes:
+            discard_checkpoint(job.checkpoints)
+            return None
+        return job.checkpoints.find()
+
+    return job.processes.do_first(find)
 
 
 def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -> None:
@@ -325,10 +364,19 @@ def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -
         job.before["notes"] = [*job.before["notes"], note]
 
 
-def discard_checkpoint(job: Job) -> None:
+def discard_own_checkpoint(job: Job) -> None:
+    """Remove a checkpoint that belongs to a run that is finished; any other is left alone."""
+    with contextlib.suppress(RunError):
+        description = job.checkpoints.read()
+        if description is not None and description["identity"] == job.identity:
+            discard_checkpoint(job.checkpoints)
+
+
+def discard_checkpoint(checkpoints: Checkpoints) -> None:
     """Remove what lies in the checkpoint's folder and is ours."""
-    files.disk.remove(job.checkpoints.folder / HISTORY)
-    job.checkpoints.remove()
+    with removing(checkpoints.folder / HISTORY):
+        files.disk.remove(checkpoints.folder / HISTORY)
+    checkpoints.remove()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -357,7 +405,7 @@ def make_trainer(trainee: Trainee, job: Job) -> Trainer:
         if not image_seconds:  # nothing was evaluated yet: it takes no longer than training
             image_seconds = progress.training_seconds / max(progress.images, 1) / n_processes
         needed = image_seconds * (n_watched + n_reported) + WRITING_SECONDS
-        return job.count_seconds() + needed >= budget
+        return job.age + job.count_seconds() + needed >= budget
 
     return Trainer(
         trainee.network,
@@ -384,7 +432,7 @@ def run_training(trainer: Trainer, job: Job) -> Training:
             keep_if_due(job.checkpoints, trainer, job.describe)
 
         def on_epoch(epoch: Epoch, is_best: bool) -> None:
-            job.progress.say(describe_epoch(epoch, n_epochs, is_best, job.config))
+            job.progress.say(describe_epoch(epoch, n_epochs, is_best, job))
             if is_first:
                 job.checkpoints.folder.mkdir(parents=True, exist_ok=True)
                 write_history(job.checkpoints.folder / HISTORY, tabulate_history(trainer.progress.history, job.config))
@@ -395,7 +443,8 @@ def run_training(trainer: Trainer, job: Job) -> Training:
         except TrainingError as error:
             raise TrainingError(f"{error}{describe_kept(job)}") from error
         except KeyboardInterrupt:
-            job.progress.say(f"stopped{describe_kept(job)}")
+            kept = describe_kept(job)
+            job.progress.say(f"stopped{kept}{'; the same command goes on from there' if kept else ''}")
             raise
 
 
@@ -411,8 +460,9 @@ def describe_kept(job: Job) -> str:
     return f"; the training is kept in {job.checkpoints.folder} up to {where}{weights}"
 
 
-def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, config: FinetuneConfig) -> str:
+def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, job: Job) -> str:
     """An epoch in a line."""
+    config = job.config
     watched = "held out" if config.select_on == "holdout" else "val"
     words = [f"epoch {epoch.epoch:{len(str(n_epochs))}d}/{n_epochs}"]
     if epoch.train_loss is not None:
@@ -420,7 +470,9 @@ def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, config: FinetuneC
     words.append(f"{watched} loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.4f}")
     if epoch.images_per_second is not None:
         left = (n_epochs - epoch.epoch) * epoch.seconds
-        words += [f"lr {epoch.lr:g}", f"{epoch.seconds:.1f} s", f"{epoch.images_per_second:.1f} img/s"]
+        if config.time_budget is not None:
+            left = min(left, max(config.time_budget - job.count_seconds(), 0.0))
+        words += [f"lr {epoch.lr:.3g}", f"{epoch.seconds:.1f} s", f"{epoch.images_per_second:.1f} img/s"]
         words += [f"{format_seconds(left)} left"] if left else []
     else:
         words.append(f"{epoch.seconds:.1f} s")
@@ -478,6 +530,10 @@ def explaining_failures(config: FinetuneConfig) -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         text = str(error)
+        if "cannot be converted to type float without overflow" in text:
+            raise TrainingError(
+                f"a step has become too large for float32; try a smaller --lr than {config.lr or 0:g}, or --gamma"
+            ) from error
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             smaller = f"--batch-size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller --input-size"
             raise TrainingError(
@@ -525,7 +581,7 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
     probe = job.before["probe"]
     return RunRecord(
         kind="finetune",
-        title=trainee.title,
+        title=trainee.title if not training.stopped else f"{trainee.title}, stopped in {training.history[-1].epoch}",
         settings=config.result_settings(),
         data=describe_data(job.samples.listing),
         extractor=job.backbone.describe(),
@@ -537,9 +593,10 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
         device=str(job.device),
         environment={**describe_machine(), "processes": job.processes.size},
         notes=[
+            describe_recipe(config),
             trainee.batch_norm[1],
             *([probe["words"]] if probe else []),
-            *([f"stopped after epoch {training.history[-1].epoch}: {training.stopped}"] if training.stopped else []),
+            *describe_end(training, len(trainee.samples.train), job),
             *describe_left_out(job.samples.bad),
             *job.before["notes"],
         ],
@@ -548,8 +605,39 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
             "epochs": training.history[-1].epoch,
             "held_out": len(job.samples.watched) if config.select_on == "holdout" else 0,
             "images_per_second": measure_rate(training),
+            "batch_norm": trainee.batch_norm[0],
         },
     )
+
+
+def describe_recipe(config: FinetuneConfig) -> str:
+    """Who takes the steps, how large, and all that is not as usual, in a line."""
+    backbone = f", {config.lr_backbone:g} of the backbone" if config.lr_backbone not in (None, config.lr) else ""
+    words = [f"{config.optimizer}, learning rate {config.lr:g}{backbone}", f"{config.schedule} schedule"]
+    settings, unsaid = (
+        config.result_settings(),
+        ("head_epochs", "precision", "channels_last", "time_budget", "patience"),
+    )
+    words += [f"batches of {config.batch_size}"]
+    words += [
+        f"{name.replace('_', ' ')} {settings[name]}"
+        for name in (*FinetuneConfig.FURTHER, "weight_decay")
+        if settings.get(name) and name not in unsaid
+    ]
+    return ", ".join(words + ([config.precision] if config.precision not in (None, "fp32") else []))
+
+
+def describe_end(training: Training, n_train: int, job: Job) -> list[str]:
+    """Why it ended before all its epochs, if it did."""
+    if not training.stopped:
+        return []
+    last, budget = training.history[-1], job.config.time_budget
+    where = f"after epoch {last.epoch}"
+    if last.images < n_train and last.epoch:
+        where = f"in the middle of epoch {last.epoch}, after {last.images} of {n_train} images"
+    late = budget is not None and "budget" in training.stopped and job.count_seconds() > budget
+    missed = f"; {budget:g} s were too few for that and the evaluation" if late else ""
+    return [f"stopped {where}: {training.stopped}{missed}"]
 
 
 def describe_selection(trainee: Trainee, training: Training) -> str:

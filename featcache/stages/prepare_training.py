@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from featcache.training import (
     weigh_classes,
 )
 
+T = TypeVar("T")
 MODES = {"train": set_mode_all, "fixed": set_mode_fixed_batch_norm}
 KEEPS = {"holdout": "best, then least loss", "val": "best", "none": "last"}
 MEMORY_SHARE = 4  # decoded images may take one part in so many of the memory that is free
@@ -76,6 +77,19 @@ class Samples:
     train: Split
     watched: Split
     memory: ImageMemory
+
+
+class Bars(Progress):
+    """A listener who is shown bars and told nothing: what is said has been said before."""
+
+    def __init__(self, listener: Progress) -> None:
+        self.live, self._listener = listener.live, listener
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
+    ) -> Iterator[T]:
+        """Pass `items` through the listener's bar."""
+        return self._listener.track(items, total=total, what=what, unit=unit, done=done)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +167,16 @@ class Trainee:
     @property
     def title(self) -> str:
         """A few words for tables and figures."""
-        name, epochs = self.backbone.name, self.config.epochs
+        name, epochs, first = self.backbone.name, self.config.epochs, ""
+        if self.config.mode == "staged":
+            first = f"{self.config.head_epochs} + "
         how = {
             "full": f"fine-tuned {name}",
             "head": f"last layer through the frozen {name}",
             "staged": f"{name}, last layer first, then fine-tuned",
             "lp-ft": f"{name} fine-tuned from its linear probe",
         }
-        return f"{how[self.config.mode]}, {epochs} epoch{'' if epochs == 1 else 's'}"
+        return f"{how[self.config.mode]}, {first}{epochs} epoch{'' if epochs == 1 and not first else 's'}"
 
 
 def list_samples(data: Path | str, backbone: Backbone, config: FinetuneConfig, progress: Progress) -> Listing:
@@ -236,7 +252,7 @@ def prepare_network(
     torch.manual_seed(config.seed)
     network, head = attach_classifier(backbone, len(samples.listing.classes))
     if probe is not None:
-        put_in_head(network.get_submodule(head), probe.head, backbone.name)
+        put_in_head(network.get_submodule(head), probe.head)
     network.requires_grad_(True)
     network = network.to(device)
     if config.channels_last:
@@ -269,6 +285,7 @@ def fit_probe(
     FeatcacheError
         Whatever `extract_features` raises.
     """
+    check_linear(backbone)
     given: dict[str, Any] = {"backbone": config.backbone, "weights": config.weights}
     if backbone.weights["requested"] == "given":  # in Python, and has no name to be made from
         given = {"backbone": copy.deepcopy(backbone)}
@@ -276,7 +293,7 @@ def fit_probe(
     extraction = extract_features(
         data,
         config.features,
-        progress=progress,
+        progress=Bars(progress),
         **given,
         val_fraction=config.val_fraction,
         seed=config.seed,
@@ -305,13 +322,19 @@ def fit_probe(
     )
 
 
-def put_in_head(layer: nn.Module, head: LinearHead, name: str) -> None:
-    """Give a last layer the weights of a head on its inputs."""
-    if not isinstance(layer, nn.Linear) or layer.weight.shape != head.weight.shape or layer.bias is None:
+def check_linear(backbone: Backbone) -> None:
+    """Raise a BackboneError if no linear head fits into the last layer."""
+    layer = backbone.make_classifier(2)
+    if not isinstance(layer, nn.Linear) or layer.in_features != backbone.width or layer.bias is None:
         raise BackboneError(
-            f"the last layer of {name} is no linear layer on its features ({type(layer).__name__}), so that no linear "
+            f"the last layer of {backbone.name} is no linear layer on its features ({type(layer).__name__}): no linear "
             f"head fits into it; use --mode staged"
         )
+
+
+def put_in_head(layer: nn.Module, head: LinearHead) -> None:
+    """Give a last layer, a linear one, the weights of a head on its inputs."""
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head.weight))
         layer.bias.copy_(torch.from_numpy(head.bias))

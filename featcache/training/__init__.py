@@ -17,7 +17,8 @@ Knows batches, losses and epochs; nothing of images, data sets or what the numbe
 from __future__ import annotations
 
 from featcache.training.batches import Batches, Position, TensorBatches
-from featcache.training.checkpoints import Checkpoints, keep_if_due
+from featcache.training.checkpoints import NAME as CHECKPOINT
+from featcache.training.checkpoints import Checkpoints, keep_if_due, removing
 from featcache.training.loop import Epoch, State, Trainer, Training, evaluate, train
 from featcache.training.parameters import group_parameters, list_layers
 from featcache.training.recipe import (
@@ -31,6 +32,7 @@ from featcache.training.recipe import (
 from featcache.training.schedules import make_scheduler
 
 __all__ = [
+    "CHECKPOINT",
     "Batches",
     "Checkpoints",
     "Epoch",
@@ -46,6 +48,7 @@ __all__ = [
     "keep_if_due",
     "list_layers",
     "make_scheduler",
+    "removing",
     "set_mode_all",
     "set_mode_fixed_batch_norm",
     "set_mode_frozen",

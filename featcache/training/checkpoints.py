@@ -13,22 +13,24 @@ The JSON is written last and names the other files with their digests; what it d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from featcache.errors import RunError
+from featcache.errors import OutputError, RunError
 from featcache.files import canonical_json, disk, hash_bytes, pretty_json, write_atomically
 from featcache.training.loop import State, Trainer
 
 NAME = "checkpoint.json"
 SCHEMA = 1
+MOST_STEPS = 1_000_000  # between two looks at the clock, of several processes
 SHARE = 20  # a checkpoint is due at the earliest when so many times the time has passed that the last one took
 OURS = re.compile(r"\.?(network|state|best)-\d+\.safetensors(\.\d+\.tmp)?|\.?checkpoint\.json(\.\d+\.tmp)?")
 
@@ -66,7 +68,9 @@ class Checkpoints:
             return False
         now = time.monotonic()
         rate = (self._waited + 1) / max(now - self._asked, 1e-9)
-        due, self._wait = trainer.processes.share((self.is_due(), int(rate * self.every_seconds / SHARE)))
+        due, self._wait = trainer.processes.share(
+            (self.is_due(), int(min(rate * self.every_seconds / SHARE, MOST_STEPS)))
+        )
         self._asked, self._waited = now, 0
         return due
 
@@ -123,7 +127,8 @@ class Checkpoints:
         """Remove files of checkpoints that are no longer wanted, and unfinished ones."""
         for path in list(self.folder.iterdir()) if self.folder.is_dir() else []:
             if OURS.fullmatch(path.name) and path.name not in names:
-                disk.remove(path)
+                with removing(path):
+                    disk.remove(path)
 
     def find(self) -> tuple[State, dict[str, Any]] | None:
         """The checkpoint that is there, with what was given beside it; None if there is none.
@@ -153,15 +158,20 @@ class Checkpoints:
         path = self.folder / NAME
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
+            digest = description.pop("sha256", "") if isinstance(description, dict) else ""
+            sound = hash_bytes(canonical_json(description).encode()) == digest
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read ({error}); --no-resume starts again") from error
-        digest = description.pop("sha256", "") if isinstance(description, dict) else ""
-        if hash_bytes(canonical_json(description).encode()) != digest:
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(f"{path} cannot be read ({reason}); --no-resume starts again") from error
+        if not sound:
             raise RunError(f"{path} is damaged: its SHA-256 is not that of its contents; --no-resume starts again")
-        if description["schema"] != SCHEMA:
-            raise RunError(f"{path} has schema {description['schema']}, this featcache reads {SCHEMA}")
+        if description.get("schema") != SCHEMA:
+            raise RunError(
+                f"{path} has schema {description.get('schema')}, this featcache reads {SCHEMA}; --no-resume starts "
+                f"again"
+            )
         return dict(description)
 
     def _load(self, file: str) -> dict[str, Tensor]:
@@ -181,10 +191,26 @@ class Checkpoints:
     def remove(self) -> None:
         """Remove the checkpoint, the folder too if nothing else is in it."""
         if self.folder.is_dir():
-            disk.remove(self.folder / NAME)  # first: without it the rest is nothing
+            with removing(self.folder / NAME):
+                disk.remove(self.folder / NAME)  # first: without it the rest is nothing
             self._remove_all_but(set())
             if not any(self.folder.iterdir()):
                 disk.remove_folder(self.folder)
+
+
+@contextlib.contextmanager
+def removing(path: Path) -> Iterator[None]:
+    """Say it in a line where something cannot be removed.
+
+    Raises
+    ------
+    OutputError
+        In place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}: {error.strerror or error}; move it away") from error
 
 
 def keep_if_due(checkpoints: Checkpoints, trainer: Trainer, describe: Callable[[], Mapping[str, Any]]) -> bool:

@@ -45,6 +45,8 @@ class Epoch:
         On the watched images.
     seconds
         Wall time of both passes.
+    images
+        That were trained on; fewer than all where it was cut short.
     images_per_second
         Of the training pass.
     """
@@ -57,6 +59,7 @@ class Epoch:
     val_loss: float
     val_accuracy: float
     seconds: float
+    images: int = 0
     images_per_second: float | None = None
 
 
@@ -332,7 +335,7 @@ class Trainer:
         losses = [loss for loss in (train_loss, val_loss) if loss is not None]
         if not all(map(math.isfinite, losses)):
             raise TrainingError(
-                f"the loss is no longer a number in epoch {number} (training {train_loss}, validation {val_loss}); try "
+                f"the loss is no longer a number in epoch {number} (training {train_loss}, evaluation {val_loss}); try "
                 f"a smaller --lr than {progress.lr:g}"
             )
         progress.evaluation_seconds = self._tick()
@@ -346,6 +349,7 @@ class Trainer:
             val_loss=val_loss,
             val_accuracy=val_accuracy,
             seconds=progress.epoch_seconds,
+            images=0 if is_start else int(self.processes.sum(self.sums.n.clone())),
             images_per_second=self._measure_rate(),
         )
         is_best = self._is_better(epoch)
