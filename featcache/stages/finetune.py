@@ -58,6 +58,8 @@ from featcache.stages.prepare_training import (
 from featcache.training import CHECKPOINT, Checkpoints, Epoch, State, Trainer, Training, keep_if_due, removing
 
 HISTORY = "history.csv"
+AGAINST_OVERFITTING = ("augment", "mixup", "cutmix", "label_smoothing", "class_weight", "ema")
+FIRST_STEPS = 5  # after which it is known how long a step takes
 WRITING_SECONDS = 3.0  # that plots and files, and the end of the process, take
 
 
@@ -402,8 +404,8 @@ def make_trainer(trainee: Trainee, job: Job) -> Trainer:
         assert budget is not None
         progress = trainer.progress
         image_seconds = progress.evaluation_seconds / max(n_watched, 1)
-        if not image_seconds:  # nothing was evaluated yet: it takes no longer than training
-            image_seconds = progress.training_seconds / max(progress.images, 1) / n_processes
+        if not image_seconds and progress.batches >= FIRST_STEPS:  # nothing was evaluated yet: it is half of a step
+            image_seconds = progress.image_seconds / 2 / n_processes
         needed = image_seconds * (n_watched + n_reported) + WRITING_SECONDS
         return job.age + job.count_seconds() + needed >= budget
 
@@ -432,7 +434,7 @@ def run_training(trainer: Trainer, job: Job) -> Training:
             keep_if_due(job.checkpoints, trainer, job.describe)
 
         def on_epoch(epoch: Epoch, is_best: bool) -> None:
-            job.progress.say(describe_epoch(epoch, n_epochs, is_best, job))
+            job.progress.say(describe_epoch(epoch, epoch.epoch if trainer.progress.stopped else n_epochs, is_best, job))
             if is_first:
                 job.checkpoints.folder.mkdir(parents=True, exist_ok=True)
                 write_history(job.checkpoints.folder / HISTORY, tabulate_history(trainer.progress.history, job.config))
@@ -614,16 +616,10 @@ def describe_recipe(config: FinetuneConfig) -> str:
     """Who takes the steps, how large, and all that is not as usual, in a line."""
     backbone = f", {config.lr_backbone:g} of the backbone" if config.lr_backbone not in (None, config.lr) else ""
     words = [f"{config.optimizer}, learning rate {config.lr:g}{backbone}", f"{config.schedule} schedule"]
-    settings, unsaid = (
-        config.result_settings(),
-        ("head_epochs", "precision", "channels_last", "time_budget", "patience"),
-    )
-    words += [f"batches of {config.batch_size}"]
-    words += [
-        f"{name.replace('_', ' ')} {settings[name]}"
-        for name in (*FinetuneConfig.FURTHER, "weight_decay")
-        if settings.get(name) and name not in unsaid
-    ]
+    words.append(f"batches of {config.batch_size}")
+    settings = config.result_settings()
+    names = ("warmup", "layer_decay", "weight_decay", *AGAINST_OVERFITTING)
+    words += [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings.get(name)]
     return ", ".join(words + ([config.precision] if config.precision not in (None, "fp32") else []))
 
 

@@ -132,6 +132,7 @@ class Progress:
     epoch_seconds: float = 0.0
     training_seconds: float = 0.0  # of this epoch, its evaluation aside
     evaluation_seconds: float = 0.0  # of the last one
+    image_seconds: float = 0.0  # of training, in the fastest step of this epoch
     lr: float = 0.0  # at its first step
     stopped: str = ""
     history: list[Epoch] = field(default_factory=list)
@@ -250,14 +251,16 @@ class Trainer:
         assert self._stage is not None
         if self._position is None:
             self.sums, progress.batches, progress.images = Sums.start(self.device), 0, 0
-            progress.epoch_seconds = progress.training_seconds = 0.0
+            progress.epoch_seconds = progress.training_seconds = progress.image_seconds = 0.0
             progress.lr = float(self.optimizer.param_groups[0]["lr"])
         self._stage.set_training_mode(self.network)
         for inputs, labels in self._begin_batches():
             self._step(inputs, labels)
             progress.batches += 1
             progress.images += len(labels)
-            progress.training_seconds += self._tick()
+            took = self._tick()
+            progress.training_seconds += took
+            progress.image_seconds = min(progress.image_seconds or took / len(labels), took / len(labels))
             if on_step is not None:
                 on_step(self)
             if self._must_stop():
@@ -445,6 +448,7 @@ class Trainer:
             "epoch_seconds",
             "training_seconds",
             "evaluation_seconds",
+            "image_seconds",
             "lr",
             "stopped",
         )
