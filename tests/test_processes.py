@@ -103,7 +103,7 @@ def test_two_processes_train_as_one_does_on_the_same_whole_batches(place: Path) 
 
 
 def test_two_processes_that_are_killed_go_on_and_end_alike(place: Path) -> None:
-    arguments = ("--batch-norm", "train", "--checkpoint-every", "0", "--epochs", "15")
+    arguments = ("--batch-norm", "train", "--checkpoint-every", "0", "--epochs", "8")
     assert train(place, "whole", *arguments, processes=2).code == 0
     with subprocess.Popen(
         command("killed", *arguments, processes=2),
@@ -121,8 +121,6 @@ def test_two_processes_that_are_killed_go_on_and_end_alike(place: Path) -> None:
             os.kill(one, signal.SIGKILL)
         process.wait()
     assert not (place / "killed").exists()
-    alone = train(place, "killed", *arguments)
-    assert (alone.code, alone.err.count("begun with 2 processes, not 1")) == (1, 1)
     again = train(place, "killed", *arguments, processes=2)
     assert again.code == 0, again.err
     assert "killed.checkpoint: goes on after epoch" in again.err

@@ -246,7 +246,7 @@ def try_fault(bench: Bench, place: str, log: list[tuple[str, str]], at: int, kin
 def kill_at_random(folder: Path, n: int) -> dict[str, Any]:
     """kill -9 real extractions of resnet18, by the command line, at random moments; then the same command again."""
     featcache.cache.parts.PART_SECONDS = 0.1
-    data, rows = make_photos(folder / "photos", 8, 4), 24
+    data, rows = make_photos(folder / "photos", 6, 2), 16
     wrong: list[str] = []
     counts = {"killed": 0, "finished before": 0, "rows kept": 0, "rows computed again": 0}
 

@@ -120,7 +120,7 @@ def test_a_fine_tuning_that_is_killed_at_random_moments_ends_with_the_same_weigh
 def test_a_fine_tuning_whose_disk_dies_or_fails_at_any_call_ends_with_the_same_weights(
     tmp_path: Path, tell: Tell, long: bool
 ) -> None:
-    result = experiment("enumerate", tmp_path, 1 if long else 23, program="training_nursery.py")
+    result = experiment("enumerate", tmp_path, 1 if long else 31, program="training_nursery.py")
     tell(
         f"durable calls of a fine-tuning, {result['calls']} of them: {result['died']} deaths and {result['failed']} "
         f"failures; {len(result['wrong'])} wrong"
