@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,29 @@ import torch
 
 from featcache import files
 from featcache.backbones import Backbone, check_trainable, load_backbone
-from featcache.bundle import save_network
 from featcache.cache import hold_output
 from featcache.config import RUNS_DIR, FinetuneConfig
 from featcache.dataset import Split, check_root, describe_data
-from featcache.errors import BadImage, BadImagesError, OutputError, RunError, TrainingError
+from featcache.errors import BadImagesError, OutputError, TrainingError
 from featcache.extras import import_extra
 from featcache.images import ImageRows, make_evaluation_transform
 from featcache.metrics import to_probabilities
-from featcache.plots import draw_curves, save_figure
 from featcache.preprocessing import InputFormat
 from featcache.processes import Processes, choose_local_device, join_processes
 from featcache.progress import SILENT, Progress
-from featcache.report import format_seconds
 from featcache.runs import (
     PeakMemory,
     Predictions,
-    RunRecord,
     decide_run,
-    describe_environment,
     identify,
-    list_changes,
     read_record,
     write_history,
-    write_record,
 )
 from featcache.runtime import has_bfloat16, run_network, select_device, training_settings
-from featcache.stages.evaluate import Run, describe_accuracy, make_predictions, write_evaluation
+from featcache.stages.evaluate import Run, make_predictions
 from featcache.stages.plan import take_backbone
 from featcache.stages.prepare_training import (
     Probe,
-    Samples,
     Trainee,
     TrainingBatches,
     WatchedBatches,
@@ -55,10 +47,26 @@ from featcache.stages.prepare_training import (
     make_recipe,
     prepare_network,
 )
-from featcache.training import CHECKPOINT, Checkpoints, Epoch, State, Trainer, Training, keep_if_due, removing
+from featcache.stages.training_job import (
+    HISTORY,
+    Job,
+    describe_kept,
+    discard_checkpoint,
+    discard_own_checkpoint,
+    find_checkpoint,
+    name_checkpoint,
+    take_up,
+)
+from featcache.stages.training_record import (
+    count_seconds,
+    describe_epoch,
+    describe_recipe,
+    describe_run,
+    tabulate_history,
+    write_finetune_run,
+)
+from featcache.training import Checkpoints, Epoch, Trainer, Training, keep_if_due
 
-HISTORY = "history.csv"
-AGAINST_OVERFITTING = ("augment", "mixup", "cutmix", "label_smoothing", "class_weight", "ema")
 FIRST_STEPS = 5  # after which it is known how long a step takes
 WRITING_SECONDS = 3.0  # that plots and files, and the end of the process, take
 
@@ -147,55 +155,6 @@ def check_output_name(output: Path) -> None:
         raise OutputError(
             f"cannot write a run to {output}: expected a folder of its own, such as -o {RUNS_DIR}/finetune"
         )
-
-
-@dataclass(kw_only=True)
-class Job:
-    """A run that is to be made.
-
-    Attributes
-    ----------
-    data, output
-        From where, to where.
-    samples, backbone, config, device, processes, progress
-        As in `Trainee`.
-    identity
-        What makes it this run.
-    checkpoints
-        Where it is kept meanwhile.
-    before
-        What the sessions before this one left: seconds, notes.
-    started
-        On the clock of `time.perf_counter`.
-    age
-        Seconds before that which count for the time budget.
-    """
-
-    data: Path | str
-    output: Path
-    samples: Samples
-    backbone: Backbone
-    config: FinetuneConfig
-    device: torch.device
-    processes: Processes
-    progress: Progress
-    identity: dict[str, Any]
-    checkpoints: Checkpoints
-    before: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "probe": None, "notes": []})
-    started: float = 0.0
-    age: float = 0.0
-
-    def count_seconds(self) -> float:
-        """What all of it has taken up to now, with what was done before an interruption."""
-        return time.perf_counter() - self.started + float(self.before["seconds"])
-
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint should know beside the state of the training."""
-        return {
-            **self.before,
-            "seconds": self.count_seconds(),
-            "environment": describe_machine() | {"device": self.device.type},
-        }
 
 
 def prepare_job(
@@ -304,93 +263,6 @@ def provide_probe(job: Job) -> Probe:
     return probe
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def name_checkpoint(output: Path) -> Path:
-    """Where an unfinished run is kept."""
-    return output.with_name(f"{output.name}.checkpoint")
-
-
-def find_checkpoint(job: Job) -> tuple[State, dict[str, Any]] | None:
-    """What an interrupted run left, if there is one and it is to be taken up.
-
-    Raises
-    ------
-    RunError
-        If it is of other settings, images or weights and `force` is not set, or it is damaged.
-    """
-
-    def find() -> tuple[State, dict[str, Any]] | None:
-        folder = job.checkpoints.folder
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise OutputError(f"{folder} is there and is no folder of checkpoints; move it, or choose another -o")
-        if not job.config.resume:
-            if (folder / CHECKPOINT).exists():
-                job.progress.say(f"{folder}: the unfinished run there is given up")
-            discard_checkpoint(job.checkpoints)
-            return None
-        description = job.checkpoints.read()
-        changes = list_changes(description["identity"], job.identity) if description else []
-        if changes and not job.config.force:
-            raise RunError(
-                f"{folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it with those, "
-                f"name another place with -o, or discard it with --force"
-            )
-        if description is None or changes:
-            discard_checkpoint(job.checkpoints)
-            return None
-        return job.checkpoints.find()
-
-    return job.processes.do_first(find)
-
-
-def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -> None:
-    """Let a training go on where it was left."""
-    job.before = {name: value for name, value in more.items() if name != "environment"}
-    try:
-        trainer.load_state(state)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"{job.checkpoints.folder} does not fit this network ({type(error).__name__}: {error}); --no-resume starts "
-            f"again"
-        ) from error
-    progress = trainer.progress
-    where = f"epoch {progress.epoch + 1}, step {progress.batches}" if progress.images else f"epoch {progress.epoch}"
-    job.progress.say(f"{job.checkpoints.folder}: goes on after {where}")
-    if changes := list_changes(flatten(more["environment"]), flatten(job.describe()["environment"])):
-        note = (
-            f"taken up again with another environment ({'; '.join(changes)}): the weights may differ in the last bits"
-        )
-        job.progress.say(note)
-        job.before["notes"] = [*job.before["notes"], note]
-
-
-def discard_own_checkpoint(job: Job) -> None:
-    """Remove a checkpoint that belongs to a run that is finished; any other is left alone."""
-    with contextlib.suppress(RunError):
-        description = job.checkpoints.read()
-        if description is not None and description["identity"] == job.identity:
-            discard_checkpoint(job.checkpoints)
-
-
-def discard_checkpoint(checkpoints: Checkpoints) -> None:
-    """Remove what lies in the checkpoint's folder and is ours."""
-    with removing(checkpoints.folder / HISTORY):
-        files.disk.remove(checkpoints.folder / HISTORY)
-    checkpoints.remove()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What decides the last bits: versions, threads, platform."""
-    return {**describe_environment(), "threads": torch.get_num_threads()}
-
-
-def flatten(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """An environment with its versions beside the rest."""
-    return {**{name: value for name, value in environment.items() if name != "versions"}, **environment["versions"]}
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -450,51 +322,6 @@ def run_training(trainer: Trainer, job: Job) -> Training:
             raise
 
 
-def describe_kept(job: Job) -> str:
-    """What there is to go on from, in words."""
-    description = job.checkpoints.read() if job.processes.is_first else None
-    if description is None:
-        return ""
-    values = description["training"]
-    where = f"epoch {values['epoch'] + 1}, step {values['batches']}" if values["images"] else f"epoch {values['epoch']}"
-    best = description["files"].get("best", "").partition("/")[0]
-    weights = f"; its best weights are {job.checkpoints.folder / best}" if best else ""
-    return f"; the training is kept in {job.checkpoints.folder} up to {where}{weights}"
-
-
-def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, job: Job) -> str:
-    """An epoch in a line."""
-    config = job.config
-    watched = "held out" if config.select_on == "holdout" else "val"
-    words = [f"epoch {epoch.epoch:{len(str(n_epochs))}d}/{n_epochs}"]
-    if epoch.train_loss is not None:
-        words.append(f"train loss {epoch.train_loss:.4f} acc {epoch.train_accuracy:.4f}")
-    words.append(f"{watched} loss {epoch.val_loss:.4f} acc {epoch.val_accuracy:.4f}")
-    if epoch.images_per_second is not None:
-        left = (n_epochs - epoch.epoch) * epoch.seconds
-        if config.time_budget is not None:
-            left = min(left, max(config.time_budget - job.count_seconds(), 0.0))
-        words += [f"lr {epoch.lr:.3g}", f"{epoch.seconds:.1f} s", f"{epoch.images_per_second:.1f} img/s"]
-        words += [f"{format_seconds(left)} left"] if left else []
-    else:
-        words.append(f"{epoch.seconds:.1f} s")
-    if config.mode == "staged":
-        words.append(epoch.stage)
-    return "  ".join(words + (["best"] if is_best and config.select_on != "none" else []))
-
-
-def tabulate_history(history: Sequence[Epoch], config: FinetuneConfig) -> list[dict[str, Any]]:
-    """The history as it is written: what was watched is called by its name."""
-    watched = "holdout" if config.select_on == "holdout" else "val"
-    return [
-        {
-            (name.replace("val_", f"{watched}_") if name.startswith("val_") else name): value
-            for name, value in asdict(epoch).items()
-        }
-        for epoch in history
-    ]
-
-
 @contextlib.contextmanager
 def open_board(job: Job) -> Iterator[Callable[[Epoch], None]]:
     """What writes an epoch to TensorBoard's event files, or does nothing."""
@@ -551,9 +378,6 @@ def explaining_failures(config: FinetuneConfig) -> Iterator[None]:
         raise
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
-
-
 def predict_split(trainee: Trainee, split: Split) -> Predictions:
     """Predict a split's images with the trained network, as `featcache predict` would; each process its share."""
     processes = trainee.processes
@@ -573,119 +397,3 @@ def predict_split(trainee: Trainee, split: Split) -> Predictions:
         for numbers, values in parts:
             logits[numbers] = values
     return make_predictions(split, to_probabilities(logits))
-
-
-def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Mapping[str, Predictions]) -> RunRecord:
-    """The record, but for what it cost."""
-    best, config = training.best, job.config
-    trained = [p for p in trainee.network.parameters() if config.mode != "head" or p.requires_grad]
-    total = sum(parameter.numel() for parameter in trainee.network.parameters())
-    probe = job.before["probe"]
-    return RunRecord(
-        kind="finetune",
-        title=trainee.title if not training.stopped else f"{trainee.title}, stopped in {training.history[-1].epoch}",
-        settings=config.result_settings(),
-        data=describe_data(job.samples.listing),
-        extractor=job.backbone.describe(),
-        seconds={},
-        peak_memory_bytes=None,
-        parameters={"trainable": sum(parameter.numel() for parameter in trained), "total": total},
-        accuracy=describe_accuracy(predictions, best.train_accuracy),
-        selection=describe_selection(trainee, training),
-        device=str(job.device),
-        environment={**describe_machine(), "processes": job.processes.size},
-        notes=[
-            describe_recipe(config),
-            trainee.batch_norm[1],
-            *([probe["words"]] if probe else []),
-            *describe_end(training, len(trainee.samples.train), job),
-            *describe_left_out(job.samples.bad),
-            *job.before["notes"],
-        ],
-        details={
-            "epoch": best.epoch,
-            "epochs": training.history[-1].epoch,
-            "held_out": len(job.samples.watched) if config.select_on == "holdout" else 0,
-            "images_per_second": measure_rate(training),
-            "batch_norm": trainee.batch_norm[0],
-        },
-    )
-
-
-def describe_recipe(config: FinetuneConfig) -> str:
-    """Who takes the steps, how large, and all that is not as usual, in a line."""
-    backbone = f", {config.lr_backbone:g} of the backbone" if config.lr_backbone not in (None, config.lr) else ""
-    words = [f"{config.optimizer}, learning rate {config.lr:g}{backbone}", f"{config.schedule} schedule"]
-    words.append(f"batches of {config.batch_size}")
-    settings = config.result_settings()
-    names = ("warmup", "layer_decay", "weight_decay", *AGAINST_OVERFITTING)
-    words += [f"{name.replace('_', ' ')} {settings[name]}" for name in names if settings.get(name)]
-    return ", ".join(words + ([config.precision] if config.precision not in (None, "fp32") else []))
-
-
-def describe_end(training: Training, n_train: int, job: Job) -> list[str]:
-    """Why it ended before all its epochs, if it did."""
-    if not training.stopped:
-        return []
-    last, budget = training.history[-1], job.config.time_budget
-    where = f"after epoch {last.epoch}"
-    if last.images < n_train and last.epoch:
-        where = f"in the middle of epoch {last.epoch}, after {last.images} of {n_train} images"
-    late = budget is not None and "budget" in training.stopped and job.count_seconds() > budget
-    missed = f"; {budget:g} s were too few for that and the evaluation" if late else ""
-    return [f"stopped {where}: {training.stopped}{missed}"]
-
-
-def describe_selection(trainee: Trainee, training: Training) -> str:
-    """Which weights were kept, why, and whether the accuracy that is reported suffers from it."""
-    config, n, n_train = trainee.config, training.history[-1].epoch, len(trainee.samples.train)
-    kept = f"weights of epoch {training.best.epoch} of {n}"
-    if training.best.epoch == 0:
-        kept = f"the weights it began with, before {n} epochs"
-    if config.select_on == "holdout":
-        n_held = len(trainee.samples.watched)
-        return f"{kept}, the best on {n_held} training images held out (of {n_held + n_train})"
-    if config.select_on == "none":
-        return f"{kept}, the last"
-    return f"{kept}, the best on the validation split, whose accuracy is therefore optimistic"
-
-
-def measure_rate(training: Training) -> float | None:
-    """Images per second of the training passes, the median of the epochs."""
-    rates = [epoch.images_per_second for epoch in training.history if epoch.images_per_second is not None]
-    return float(np.median(rates)) if rates else None
-
-
-def count_seconds(job: Job, training: Training, trained: float) -> dict[str, float]:
-    """Wall time by stage; of lp-ft the cached features are counted with what they cost when they were extracted."""
-    now, probe = job.count_seconds(), job.before["probe"]
-    spent = sum(epoch.seconds for epoch in training.history)
-    n_epochs = sum(1 for epoch in training.history if epoch.epoch > 0)
-    seconds = {
-        **({"extraction": probe["extraction"], "head": probe["head"]} if probe else {}),
-        "preparation": max(trained - spent - (probe["waited"] if probe else 0.0), 0.0),
-        "training": spent,
-        "evaluation": now - trained,
-    }
-    return {**seconds, "total": sum(seconds.values()), "per_epoch": spent / max(n_epochs, 1)}
-
-
-def describe_left_out(bad: Sequence[BadImage]) -> list[str]:
-    """A remark about files that were left out, if there are any."""
-    return [f"{len(bad)} files that cannot be used as images were left out"] if bad else []
-
-
-def write_finetune_run(
-    folder: Path,
-    record: RunRecord,
-    trainee: Trainee,
-    training: Training,
-    predictions: dict[str, Predictions],
-) -> None:
-    """Write everything of a fine-tuning run; the record last."""
-    history = tabulate_history(training.history, trainee.config)
-    save_network(folder, trainee.network, record.classes, record.extractor)
-    write_history(folder / HISTORY, history)
-    save_figure(draw_curves(history, record.title), folder / "curves.png")
-    write_evaluation(folder, predictions, record.classes, record.title)
-    write_record(folder, record)
