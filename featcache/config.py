@@ -551,12 +551,7 @@ class FinetuneConfig(ImageSettings):
 
     OPTIONAL: ClassVar[tuple[str, ...]] = ImageSettings.IMAGES
 
-    # Learning rates of the last layer and of all else, by mode and optimiser. SGD's of "full" and "head" are the
-    # tutorial's. AdamW's: torch's default for a new layer, a tenth of it for pretrained ones. "staged" gives what is
-    # pretrained a tenth of the rate, the discriminative fine-tuning of Howard & Ruder, 2018
-    # (https://arxiv.org/abs/1801.06146). "lp-ft" begins where the head's gradient is nearly zero, and a rate that moves
-    # the features away from under it undoes what the probe knew: its authors needed 3e-7 where fine-tuning had 1e-3
-    # (https://github.com/AnanyaKumar/transfer_learning/issues/3). What was tried here: docs/finetune.md.
+    # Learning rates of the last layer and of all else, by mode and optimiser; `settle` says where they are from.
     RATES: ClassVar[dict[str, dict[str, tuple[float, float]]]] = {
         "full": {"sgd": (1e-3, 1e-3), "adamw": (1e-3, 1e-4)},
         "head": {"sgd": (1e-3, 1e-3), "adamw": (1e-3, 1e-3)},
@@ -611,10 +606,15 @@ class FinetuneConfig(ImageSettings):
     def settle(self, *, has_test: bool, clips: bool, device: str, bfloat16: bool) -> FinetuneConfig:
         """The same with every None decided.
 
-        Learning rates and weight decay come from the tables above; the backbone's rate, where only the head's is
-        stated, keeps its proportion to it. The epoch is chosen on the validation split where a test split is there to
-        be reported, and on held-out training images where not. On CUDA bfloat16 where the GPU has it. Channels last,
-        but for clips and for the plain loop of `workers` 0.
+        Learning rates and weight decay come from the tables above, for batches of 4. SGD's of "full" and "head",
+        the batch size and the weight decay of 0 are the tutorial's. AdamW's are torch's default for a new layer and
+        a tenth of it for pretrained ones, with torch's weight decay. "staged" gives what is pretrained a tenth of
+        the rate, the discriminative fine-tuning of [1]_. "lp-ft" begins where the head's gradient is nearly zero,
+        and a rate that moves the features away from under it undoes what the probe knew: its authors needed 3e-7
+        where fine-tuning had 1e-3 [2]_; what was tried here is in docs/finetune.md. The backbone's rate, where only
+        the head's is stated, keeps its proportion to it. The epoch is chosen on the validation split where a test
+        split is there to be reported, and on held-out training images where not. On CUDA bfloat16 where the GPU has
+        it. Channels last, but for clips and for the plain loop of `workers` 0.
 
         Parameters
         ----------
@@ -631,6 +631,11 @@ class FinetuneConfig(ImageSettings):
         ------
         SettingsError
             If clips are to be mixed.
+
+        References
+        ----------
+        .. [1] Howard & Ruder, ULMFiT, 2018, https://arxiv.org/abs/1801.06146
+        .. [2] Kumar et al., 2022, https://github.com/AnanyaKumar/transfer_learning/issues/3
         """
         for name in ("mixup", "cutmix"):
             self._require(not (clips and getattr(self, name)), name, "0: clips are not mixed")
