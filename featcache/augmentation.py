@@ -22,8 +22,7 @@ from torchvision.transforms import v2
 from featcache.files import hash_bytes
 from featcache.images import ClipTransform, ImageRows, PictureTransform, Transform, make_evaluation_transform
 from featcache.preprocessing import Preprocessing
-
-NOBODY = -100  # the label of an image that counts for nothing
+from featcache.processes import NOBODY
 
 
 def make_training_transform(preprocessing: Preprocessing, augment: str = "crop") -> Transform:
@@ -165,9 +164,10 @@ class TrainingOrder(Sampler[Any]):
             self.order = order
 
     def __iter__(self) -> Iterator[list[int] | list[Draw]]:
-        generator = torch.Generator().manual_seed(int(hash_bytes(f"order {self.seed} {self.epoch}".encode())[:15], 16))
         if not self._given:
-            shuffled = RandomSampler(range(self.n), generator=None if self.one_stream else generator)
+            shuffled = RandomSampler(
+                range(self.n), generator=None if self.one_stream else self._make_generator("order")
+            )
             self.order = torch.tensor(list(shuffled), dtype=torch.int64)
         seeds = [] if self.one_stream else self._draw_seeds()
         first, self.first, self._given = self.first, 0, False
@@ -181,8 +181,12 @@ class TrainingOrder(Sampler[Any]):
 
     def _draw_seeds(self) -> list[int]:
         """A seed for each row."""
-        generator = torch.Generator().manual_seed(int(hash_bytes(f"seeds {self.seed} {self.epoch}".encode())[:15], 16))
-        return torch.randint(2**62, (self.n,), generator=generator).tolist()
+        return torch.randint(2**62, (self.n,), generator=self._make_generator("seeds")).tolist()
+
+    def _make_generator(self, what: str) -> torch.Generator:
+        """Random numbers of this epoch, others for each purpose."""
+        digest = hash_bytes(f"{what} {self.seed} {self.epoch}".encode())
+        return torch.Generator().manual_seed(int(digest[:15], 16))
 
 
 def _to_normalised_tensor(preprocessing: Preprocessing) -> list[Any]:

@@ -659,6 +659,11 @@ class FinetuneConfig(ImageSettings):
         """Whether all random numbers come from one stream, as in PyTorch's plain loop."""
         return self.workers == 0
 
+    @property
+    def all_epochs(self) -> int:
+        """Passes over the training images, those of the last layer alone included."""
+        return self.epochs + (self.head_epochs if self.mode == "staged" else 0)
+
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide what comes out, as plain JSON values; the rarer ones only where they are stated."""
         usual = {name: getattr(FinetuneConfig, name) for name in self.FURTHER}

@@ -20,6 +20,8 @@ from torch import Tensor, distributed, nn
 from featcache.errors import DeviceError, FeatcacheError
 
 T = TypeVar("T")
+# The label of an input that counts for nothing: every process needs one at every step. Losses of torch pass over it.
+NOBODY = -100
 # One process may extract features or write a run while the others wait; torchrun ends all when one has died.
 PATIENCE = timedelta(hours=12)
 

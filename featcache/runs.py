@@ -203,19 +203,12 @@ def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Read the numbers of a history; what is missing or no number is left out."""
+    """Read the numbers of a history; what is missing, and the stage, which is a word, is left out."""
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            {name: float(value) for name, value in row.items() if _is_number(value)} for row in csv.DictReader(file)
+            {name: float(value) for name, value in row.items() if value and name != "stage"}
+            for row in csv.DictReader(file)
         ]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def decide_run(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> str:

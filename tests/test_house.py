@@ -32,7 +32,7 @@ NOUNS: dict[str, set[str]] = {
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": {"processes"},  # those that train together
     "processes": set(),
-    "augmentation": {"images", "preprocessing"},  # rows that are augmented; the size of the crop
+    "augmentation": {"images", "preprocessing", "processes"},  # rows; the crop; the label that counts for nothing
     "plots": set(),
     "runs": set(),
     "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights

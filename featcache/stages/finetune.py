@@ -279,7 +279,7 @@ def make_trainer(trainee: Trainee, job: Job) -> Trainer:
         if not image_seconds and progress.batches >= FIRST_STEPS:  # nothing was evaluated yet: it is half of a step
             image_seconds = progress.image_seconds / 2 / n_processes
         needed = image_seconds * (n_watched + n_reported) + WRITING_SECONDS
-        return job.age + job.count_seconds() + needed >= budget
+        return job.count_budget() + needed >= budget
 
     return Trainer(
         trainee.network,

@@ -208,7 +208,7 @@ def gather_samples(
     """
     frames = backbone.preprocessing.frames
     free = find_free_memory() or MEMORY_SHARE * UNKNOWN_MEMORY
-    memory = ImageMemory(free // MEMORY_SHARE // processes.size if config.cache_images and not frames else 0)
+    memory = ImageMemory(free // MEMORY_SHARE // count_neighbours() if config.cache_images and not frames else 0)
     found = []
     for name, split in listing.splits.items():
         own = slice(processes.rank, None, processes.size)
@@ -410,7 +410,7 @@ class TrainingBatches:
 
     def __init__(self, trainee: Trainee, progress: Progress = SILENT) -> None:
         config, samples = trainee.config, trainee.samples
-        self.trainee, self.progress, self.n_epochs = trainee, progress, make_recipe(trainee).epochs
+        self.trainee, self.progress = trainee, progress
         rows = TrainingRows(
             samples.listing.root,
             samples.train.paths,
@@ -454,7 +454,7 @@ class TrainingBatches:
         batches = iter(
             self._loader
         )  # NOTE: here the loader draws from the stream; the caller puts states back after it
-        what = f"epoch {self._order.epoch}/{self.n_epochs} train"
+        what = f"epoch {self._order.epoch}/{self.trainee.config.all_epochs} train"
         n, size = self._order.n, self.trainee.processes.size
         tracked = self.progress.track(batches, total=n // size, what=what, done=done // size)
         return (self._to_device(batch) for batch in tracked)

@@ -69,6 +69,10 @@ class Job:
         """What all of it has taken up to now, with what was done before an interruption."""
         return time.perf_counter() - self.started + float(self.before["seconds"])
 
+    def count_budget(self) -> float:
+        """What of a time budget is spent."""
+        return self.age + self.count_seconds()
+
     def describe(self) -> dict[str, Any]:
         """What a checkpoint should know beside the state of the training."""
         return {
@@ -126,9 +130,7 @@ def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -
             f"{job.checkpoints.folder} does not fit this network ({type(error).__name__}: {error}); --no-resume starts "
             f"again"
         ) from error
-    progress = trainer.progress
-    where = f"epoch {progress.epoch + 1}, step {progress.batches}" if progress.images else f"epoch {progress.epoch}"
-    job.progress.say(f"{job.checkpoints.folder}: goes on after {where}")
+    job.progress.say(f"{job.checkpoints.folder}: goes on after {say_where(state.values)}")
     if changes := list_changes(flatten(more["environment"]), flatten(job.describe()["environment"])):
         note = (
             f"taken up again with another environment ({'; '.join(changes)}): the weights may differ in the last bits"
@@ -158,10 +160,14 @@ def describe_kept(job: Job) -> str:
     if description is None:
         return ""
     values = description["training"]
-    where = f"epoch {values['epoch'] + 1}, step {values['batches']}" if values["images"] else f"epoch {values['epoch']}"
     best = description["files"].get("best", "").partition("/")[0]
     weights = f"; its best weights are {job.checkpoints.folder / best}" if best else ""
-    return f"; the training is kept in {job.checkpoints.folder} up to {where}{weights}"
+    return f"; the training is kept in {job.checkpoints.folder} up to {say_where(values)}{weights}"
+
+
+def say_where(values: Mapping[str, Any]) -> str:
+    """A place in a training, from the values of its state."""
+    return f"epoch {values['epoch'] + 1}, step {values['batches']}" if values["images"] else f"epoch {values['epoch']}"
 
 
 def describe_machine() -> dict[str, Any]:

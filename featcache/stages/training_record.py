@@ -42,7 +42,7 @@ def describe_epoch(epoch: Epoch, n_epochs: int, is_best: bool, job: Job) -> str:
     if epoch.images_per_second is not None:
         left = (n_epochs - epoch.epoch) * epoch.seconds
         if config.time_budget is not None:
-            left = min(left, max(config.time_budget - job.count_seconds(), 0.0))
+            left = min(left, max(config.time_budget - job.count_budget(), 0.0))
         words += [f"lr {epoch.lr:.3g}", f"{epoch.seconds:.1f} s", f"{epoch.images_per_second:.1f} img/s"]
         words += [f"{format_seconds(left)} left"] if left else []
     else:
@@ -120,7 +120,7 @@ def describe_end(training: Training, n_train: int, job: Job) -> list[str]:
     where = f"after epoch {last.epoch}"
     if last.images < n_train and last.epoch:
         where = f"in the middle of epoch {last.epoch}, after {last.images} of {n_train} images"
-    late = budget is not None and "budget" in training.stopped and job.count_seconds() > budget
+    late = budget is not None and "budget" in training.stopped and job.count_budget() > budget
     missed = f"; {budget:g} s were too few for that and the evaluation" if late else ""
     return [f"stopped {where}: {training.stopped}{missed}"]
 

@@ -16,12 +16,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import FeatcacheError, TrainingError
-from featcache.processes import ALONE, Processes
+from featcache.processes import ALONE, NOBODY, Processes
 from featcache.training.batches import Batches, Position, ResumableBatches
 from featcache.training.recipe import Recipe, Stage, average_weights
 
 Weights = Mapping[str, Tensor]
-NOBODY = -100  # the label of an input that counts for nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +122,12 @@ class Sums:
 
 
 @dataclass
-class Progress:
+class Course:
     """How far a training has come: what changes from step to step, beside weights."""
 
     epoch: int = 0  # that are finished
     batches: int = 0  # of the running epoch
     images: int = 0
-    epoch_seconds: float = 0.0
     training_seconds: float = 0.0  # of this epoch, its evaluation aside
     evaluation_seconds: float = 0.0  # of the last one
     image_seconds: float = 0.0  # of training, in the fastest step of this epoch
@@ -169,7 +167,7 @@ class Trainer:
         self.network, self.train_batches, self.watched, self.recipe = network, train_batches, watched, recipe
         self.processes, self.is_over = processes, is_over
         self.device = next(network.parameters()).device
-        self.progress, self.sums = Progress(), Sums.start(self.device)
+        self.progress, self.sums = Course(), Sums.start(self.device)
         self.best_weights: Weights = {}
         self.averaged: AveragedModel | None = None if recipe.ema is None else average_weights(network, recipe.ema)
         scaled = recipe.compute == "float16" and self.device.type == "cuda"
@@ -251,7 +249,7 @@ class Trainer:
         assert self._stage is not None
         if self._position is None:
             self.sums, progress.batches, progress.images = Sums.start(self.device), 0, 0
-            progress.epoch_seconds = progress.training_seconds = progress.image_seconds = 0.0
+            progress.training_seconds = progress.image_seconds = 0.0
             progress.lr = float(self.optimizer.param_groups[0]["lr"])
         self._stage.set_training_mode(self.network)
         for inputs, labels in self._begin_batches():
@@ -342,7 +340,6 @@ class Trainer:
                 f"a smaller --lr than {progress.lr:g}"
             )
         progress.evaluation_seconds = self._tick()
-        progress.epoch_seconds = progress.training_seconds + progress.evaluation_seconds
         epoch = Epoch(
             epoch=number,
             stage="start" if is_start else self._stage.name,
@@ -351,7 +348,7 @@ class Trainer:
             train_accuracy=train_accuracy,
             val_loss=val_loss,
             val_accuracy=val_accuracy,
-            seconds=progress.epoch_seconds,
+            seconds=progress.training_seconds + progress.evaluation_seconds,
             images=0 if is_start else int(self.processes.sum(self.sums.n.clone())),
             images_per_second=self._measure_rate(),
         )
@@ -445,14 +442,13 @@ class Trainer:
             "epoch",
             "batches",
             "images",
-            "epoch_seconds",
             "training_seconds",
             "evaluation_seconds",
             "image_seconds",
             "lr",
             "stopped",
         )
-        self.progress = Progress(**{name: values[name] for name in names}, history=history, best=best)
+        self.progress = Course(**{name: values[name] for name in names}, history=history, best=best)
         running = self.progress.images > 0
         self._enter_stage(self.progress.epoch + 1 if running else max(self.progress.epoch, 1))
         restore(self.network, state.network)
