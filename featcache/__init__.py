@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featcache.preprocessing import InputFormat
     from featcache.progress import Progress
     from featcache.runs import RunRecord, read_record
+    from featcache.stages.audit import Audit, audit
     from featcache.stages.compare import Comparison, compare, compare_runs
     from featcache.stages.download import download_dataset
     from featcache.stages.evaluate import Run
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from featcache.stages.forecast import Forecast, forecast_extraction
     from featcache.stages.import_features import ImportedFeatures, import_features
     from featcache.stages.plan import Plan
+    from featcache.stages.plan_comparison import ComparisonPlan, plan_comparison
     from featcache.stages.predict import Prediction, predict
     from featcache.stages.rank import Ranking, rank_backbones, rank_caches
     from featcache.stages.sample import make_sample
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Audit": "stages.audit",
     "Backbone": "backbones",
     "Classifier": "bundle",
     "Comparison": "stages.compare",
+    "ComparisonPlan": "stages.plan_comparison",
     "Explanation": "stages.explain",
     "Extraction": "stages.extract",
     "FeatcacheError": "errors",
@@ -55,6 +59,7 @@ _HOMES = {
     "Run": "stages.evaluate",
     "RunRecord": "runs",
     "Verification": "cache",
+    "audit": "stages.audit",
     "compare": "stages.compare",
     "compare_runs": "stages.compare",
     "download_dataset": "stages.download",
@@ -69,6 +74,7 @@ _HOMES = {
     "load_classifier": "bundle",
     "make_sample": "stages.sample",
     "open_cache": "cache",
+    "plan_comparison": "stages.plan_comparison",
     "predict": "stages.predict",
     "rank_backbones": "stages.rank",
     "rank_caches": "stages.rank",
@@ -81,9 +87,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Audit",
     "Backbone",
     "Classifier",
     "Comparison",
+    "ComparisonPlan",
     "Explanation",
     "Extraction",
     "FeatcacheError",
@@ -101,6 +109,7 @@ __all__ = [
     "RunRecord",
     "Verification",
     "__version__",
+    "audit",
     "compare",
     "compare_runs",
     "download_dataset",
@@ -115,6 +124,7 @@ __all__ = [
     "load_classifier",
     "make_sample",
     "open_cache",
+    "plan_comparison",
     "predict",
     "rank_backbones",
     "rank_caches",

@@ -143,6 +143,11 @@ def save_network(folder: Path, network: nn.Module, classes: Sequence[str], extra
     _save(folder, "network", tensors, classes, extractor)
 
 
+def measure_size(folder: Path) -> int:
+    """Bytes that a saved classifier takes."""
+    return sum((folder / name).stat().st_size for name in (MODEL_JSON, MODEL_TENSORS))
+
+
 def load_classifier(folder: Path | str, *, backbone: Backbone | None = None, progress: Progress = SILENT) -> Classifier:
     """Load the classifier of a run.
 

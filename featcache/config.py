@@ -43,6 +43,8 @@ VIEWS = ("views", "test_views")  # decide how many rows of features there are of
 MAX_COUNT = 10**9  # of epochs, images in a batch, ...
 MAX_NUMBER = 1e38  # that float32 still holds
 MAX_SEED = 2**62
+MAX_REPEATS = 100  # of one training, with other seeds
+MAPS = ("tsne", "umap")
 MAX_VIEWS = 1000  # of one image
 # What stands for the backbone of features that were made elsewhere, perhaps followed by ":" and what made them.
 IMPORTED = "imported"
@@ -444,8 +446,13 @@ class FinetuneConfig(ImageSettings):
 
     Attributes
     ----------
-    backbone, weights, device, val_fraction, seed, skip_bad
-        As in `ExtractConfig`; the seed also shuffles, augments and makes the new last layer.
+    backbone, weights, device, val_fraction, skip_bad
+        As in `ExtractConfig`.
+    seed
+        Holds out, shuffles, augments and makes the new last layer.
+    split_seed
+        Chooses the validation split, and random weights, as the seed of `ExtractConfig` does; None is `seed`. Runs that
+        differ in `seed` alone are then on the same images.
     mode
         "full" trains all parameters from the start, "head" the last layer through the frozen network, "staged" first
         the last layer and then everything, "lp-ft" everything, beginning with the linear head that fits the cached
@@ -544,7 +551,6 @@ class FinetuneConfig(ImageSettings):
         "ema",
         "holdout_fraction",
         "patience",
-        "time_budget",
         "precision",
         "channels_last",
     )
@@ -597,6 +603,7 @@ class FinetuneConfig(ImageSettings):
     device: str = ExtractConfig.device
     val_fraction: float = ExtractConfig.val_fraction
     seed: int = ExtractConfig.seed
+    split_seed: int | None = None
     skip_bad: bool = False
     resume: bool = True
     checkpoint_every: float = 30.0
@@ -660,18 +667,28 @@ class FinetuneConfig(ImageSettings):
         return self.workers == 0
 
     @property
+    def data_seed(self) -> int:
+        """What chooses the split and random weights."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    @property
     def all_epochs(self) -> int:
         """Passes over the training images, those of the last layer alone included."""
         return self.epochs + (self.head_epochs if self.mode == "staged" else 0)
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that decide what comes out, as plain JSON values; the rarer ones only where they are stated."""
+        """The settings that decide what comes out, as plain JSON values; the rarer ones only where they are stated.
+
+        A time budget is none of them: it decides only if it is spent (see `RunRecord.settings`).
+        """
         usual = {name: getattr(FinetuneConfig, name) for name in self.FURTHER}
         usual.update(precision="fp32", channels_last=True)
         further = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
         values = super().result_settings() | further | ({"one_stream": True} if self.one_stream else {})
         if self.select_on == "holdout":
             values["holdout_fraction"] = self.holdout_fraction
+        if self.data_seed != self.seed:
+            values["split_seed"] = self.data_seed
         idle = {
             "head_epochs": self.mode != "staged",
             "momentum": self.optimizer != "sgd",
@@ -705,7 +722,9 @@ class FinetuneConfig(ImageSettings):
         self._require(self.workers is None or _is_whole(self.workers, 0, MAX_COUNT), "workers", "0 or more")
         self._require(0 < self.val_fraction < 1, "val_fraction", "a share between 0 and 1")
         self._require(0 < self.holdout_fraction < 1, "holdout_fraction", "a share between 0 and 1")
-        self._require(_is_whole(self.seed, 0, MAX_SEED), "seed", f"a whole number, 0 to {MAX_SEED:,}")
+        for name in ("seed", "split_seed"):
+            value = getattr(self, name)
+            self._require(value is None or _is_whole(value, 0, MAX_SEED), name, f"a whole number, 0 to {MAX_SEED:,}")
         self._require(self.tensorboard != "", "tensorboard", "a folder")
         self._check_heeded()
 
@@ -730,26 +749,55 @@ class CompareConfig(Settings):
 
     Attributes
     ----------
+    arms
+        The ways that are compared, each as "KIND" or "KIND:WHAT" (see `Way`): "head" and "head:SOLVER", a head on the
+        cached features; "views" and "views:SOLVER", the same on augmented views too; "finetune" and "finetune:MODE".
     features
-        The cache file, made if it is not there.
+        The cache file, made if it is not there; of several backbones each has one, named after both.
     runs
-        The folder of the two runs, "head" and "finetune", each made if it is not there.
-    backbone, weights, val_fraction, seed, epochs, batch_size, lr
-        As in `FinetuneConfig`; the first four also for the extraction.
+        The folder of the runs, named after the arms, each made if it is not there.
+    backbone
+        One, or several: every arm is then made with each.
+    weights, val_fraction, epochs, batch_size, lr
+        As in `FinetuneConfig`; the first two also for the extraction.
+    seed
+        Of the extraction, and the first of the seeds.
+    seeds
+        With how many seeds each arm is trained, on the same images.
     solver, C
-        As in `HeadConfig`.
+        As in `HeadConfig`, where the arm does not say.
+    views
+        Of the arms "views": how many views of each training image.
+    budget
+        Seconds that all of it may take: what is missing is then made with fewer seeds, and cut short if need be.
+    map
+        What else than PCA draws the map of the features: "tsne" or "umap".
+    curve
+        Whether the report has a learning curve of the head; None where it takes less than a minute.
     store, workers, device, skip_bad
         As in `ExtractConfig`.
     force
         Replace a cache or runs that were made with other settings.
     """
 
+    KINDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "head": SOLVERS,
+        "views": SOLVERS,
+        "finetune": FINETUNE_CHOICES["mode"],
+    }
+
+    arms: tuple[str, ...] = ("head", "finetune")
     features: str = "features.h5"
     runs: str = "runs"
-    backbone: str | None = None
+    backbone: str | tuple[str, ...] | None = None
     weights: str | None = None
     val_fraction: float | None = None
     seed: int | None = None
+    seeds: int = 1
+    views: int | None = None
+    budget: float | None = None
+    map: str | None = None
+    curve: bool | None = None
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -761,9 +809,122 @@ class CompareConfig(Settings):
     skip_bad: bool = False
     force: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", tuple(self.arms))
+        self._require(len(self.arms) > 0, "arms", "at least one")
+        for name, repeated in (("arms", self.arms), ("backbone", self.backbones)):
+            self._require(len(set(repeated)) == len(repeated), name, "each once")
+        for arm in self.arms:
+            kind, _, what = arm.partition(":")
+            if kind not in self.KINDS or (":" in arm and what not in self.KINDS[kind]):
+                known = "; ".join(f"{kind}[:{'|'.join(words)}]" for kind, words in self.KINDS.items())
+                raise SettingsError(f"--arm is {arm!r}: expected {known}")
+        self._require(_is_whole(self.seeds, 1, MAX_REPEATS), "seeds", f"a whole number, 1 to {MAX_REPEATS}")
+        self._require(self.budget is None or 0 < self.budget < math.inf, "budget", "a time above 0, such as 10m")
+        self._require(self.map in (None, *MAPS), "map", " or ".join(MAPS))
+        self._require(self.views is None or 1 <= self.views <= MAX_VIEWS, "views", f"1 to {MAX_VIEWS:,}")
+        idle = self.views is not None and not any(arm.startswith("views") for arm in self.arms)
+        self._require(not idle, "views", "an --arm views beside it")
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Those that were stated."""
+        if isinstance(self.backbone, tuple | list):
+            return tuple(self.backbone)
+        return () if self.backbone is None else (self.backbone,)
+
     def stated(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that were stated."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(Settings):
+    """What a picture is to show. None is not stated: what is stated has to be of use for what is shown.
+
+    Attributes
+    ----------
+    image
+        Show this one and random views of it: a path, relative to the data set or not.
+    n_images
+        Pictures in the grid, at most.
+    seed
+        Chooses the images, and what augmentation does.
+    backbone
+        Whose preprocessing images of a folder get; None is resnet18.
+    augment, mixup, cutmix
+        As in `FinetuneConfig`; None is what is usual there.
+    split
+        Of a run, "val" or "test"; of a cache also "train". None is the first of a cache, and val of a run.
+    class_name
+        Only images of this class.
+    wrong
+        Only predictions that are wrong, the most confident first.
+    data
+        Where the images of a run or a cache are now, if they have moved.
+    window
+        Open a window; a file is then written only where an output is stated.
+    """
+
+    image: str | None = None
+    n_images: int = 8
+    seed: int = 0
+    backbone: str | None = None
+    augment: str | None = None
+    mixup: float | None = None
+    cutmix: float | None = None
+    split: str | None = None
+    class_name: str | None = None
+    wrong: bool = False
+    data: str | None = None
+    window: bool = False
+
+    MOST: ClassVar[int] = 96  # pictures
+    SPLITS: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+
+    def __post_init__(self) -> None:
+        most, augments = self.MOST, FINETUNE_CHOICES["augment"]
+        self._require(_is_whole(self.n_images, 1, most), "n_images", f"a whole number, 1 to {most}")
+        self._require(_is_whole(self.seed, 0, MAX_SEED), "seed", f"a whole number, 0 to {MAX_SEED:,}")
+        self._require(self.augment is None or self.augment in augments, "augment", " or ".join(augments))
+        self._require(self.split is None or self.split in self.SPLITS, "split", " or ".join(self.SPLITS))
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            fits = value is None or (_is_number(value) and (value == 0 or 0.001 <= value < MAX_NUMBER))
+            self._require(fits, name, "0, or 0.001 and more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(Settings):
+    """How a data set is audited from its cached features.
+
+    Attributes
+    ----------
+    neighbours
+        How many of the nearest images an outlier's distance is averaged over.
+    threshold
+        Similarity from which on two images are near-duplicates: the cosine of the angle between their features as seen
+        from the mean of all; docs/audit.md has what it finds.
+    folds
+        Of the cross-validation whose heads judge the labels.
+    seed
+        Shuffles them.
+    top
+        How many outliers are kept, at least; 1 % of the images are, where that is more.
+    """
+
+    neighbours: int = 20
+    threshold: float = 0.9
+    folds: int = 5
+    seed: int = 0
+    top: int = 10
+
+    def __post_init__(self) -> None:
+        self._require(_is_whole(self.neighbours, 1, MAX_COUNT), "neighbours", "a whole number, 1 or more")
+        self._require(_is_number(self.threshold) and 0 < self.threshold < 1, "threshold", "a number between 0 and 1")
+        self._require(_is_whole(self.folds, 2, MAX_COUNT), "folds", "a whole number, 2 or more")
+        self._require(_is_whole(self.seed, 0, MAX_SEED), "seed", f"a whole number, 0 to {MAX_SEED:,}")
+        self._require(_is_whole(self.top, 0, MAX_COUNT), "top", "a whole number, 0 or more")
 
 
 def _is_whole(value: object, least: int, most: int) -> bool:

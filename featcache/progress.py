@@ -44,6 +44,33 @@ class Progress:
         yield from items
 
 
+class Bars(Progress):
+    """A listener who is shown bars and told nothing: what is said has been said before."""
+
+    def __init__(self, listener: Progress) -> None:
+        self.live, self.listener = listener.live, listener
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
+    ) -> Iterator[T]:
+        """Pass `items` through the listener's bar."""
+        return self.listener.track(items, total=total, what=what, unit=unit, done=done)
+
+
+class Once(Bars):
+    """A listener who is told everything once: several stages in a row look at the same data."""
+
+    def __init__(self, listener: Progress) -> None:
+        super().__init__(listener)
+        self._said: set[str] = set()
+
+    def say(self, line: str) -> None:
+        """Pass on a line that was not there before."""
+        if line not in self._said:
+            self._said.add(line)
+            self.listener.say(line)
+
+
 SILENT = Progress()
 
 

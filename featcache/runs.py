@@ -21,7 +21,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,14 @@ class RunRecord:
     notes
         Remarks that the user should see.
     details
-        Of a head: solver, what was chosen, convergence, calibration, draws of images, the learning curve.
+        Of a head: solver, what was chosen, convergence, calibration, draws of images, the learning curve. Of both:
+        images per second, floating-point operations (see docs/json.md).
+    cpu_seconds
+        CPU seconds of all processes, by the same stages; empty where nobody knows those of one.
+    energy_joules
+        Of the machine, over the stages of the total; None where it does not say.
+    result_bytes
+        What the classifier takes on disk; None of runs before that was measured.
     """
 
     kind: str
@@ -88,6 +95,9 @@ class RunRecord:
     environment: dict[str, Any]
     notes: list[str]
     details: dict[str, Any] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    energy_joules: float | None = None
+    result_bytes: int | None = None
     schema: int = SCHEMA
 
     @property
@@ -147,13 +157,19 @@ def read_record(folder: Path | str) -> RunRecord:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        value.setdefault("details", {})  # of runs before there were any
-        record = RunRecord(**{one.name: value[one.name] for one in fields(RunRecord)})
+        later = {one.name for one in fields(RunRecord) if not is_required(one)} - set(value)
+        known = {one.name: value[one.name] for one in fields(RunRecord) if one.name not in later}
+        record = RunRecord(**known)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); run it again") from error
     if record.schema != SCHEMA:
         raise RunError(f"{path} has schema {record.schema}, this featcache reads {SCHEMA}; run it again")
     return record
+
+
+def is_required(one: Field[Any]) -> bool:
+    """Whether every run has this field; those with a default came later, but for the schema, which decides that."""
+    return one.name == "schema" or (one.default is MISSING and one.default_factory is MISSING)
 
 
 def write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
@@ -211,7 +227,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
         ]
 
 
-def decide_run(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> str:
+def decide_run(folder: Path, *wanted: Mapping[str, Any], force: bool) -> str:
     """What to do about a run folder that may be there already: a decision, no deed.
 
     Parameters
@@ -219,7 +235,7 @@ def decide_run(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> str:
     folder
         The output.
     wanted
-        `describe_identity` of the run that is asked for.
+        `describe_identity` of the run that is asked for, and perhaps of others that are as good.
     force
         Whether another run may be replaced.
 
@@ -239,12 +255,12 @@ def decide_run(folder: Path, wanted: Mapping[str, Any], *, force: bool) -> str:
     if not is_run(folder):
         raise OutputError(f"{folder} is there and is not a run; choose another place with -o")
     found = describe_identity(read_record(folder))
-    if found == wanted:
+    if found in wanted:
         return "replace" if force else "reuse"
     if force:
         return "replace"
     raise RunError(
-        f"{folder} holds another run ({'; '.join(list_changes(found, wanted))}); name another place, or replace it "
+        f"{folder} holds another run ({'; '.join(list_changes(found, wanted[0]))}); name another place, or replace it "
         f"with --force"
     )
 
@@ -287,29 +303,6 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "cores": os.cpu_count(),
     }
-
-
-class PeakMemory:
-    """Highest resident memory of this process since this object was made.
-
-    Linux can reset its high-water mark (/proc/self/clear_refs, see proc(5)); elsewhere `read` gives None.
-    """
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.known = True
-        except OSError:
-            self.known = False
-
-    def read(self) -> int | None:
-        """Bytes, or None where the system does not say."""
-        if not self.known:
-            return None
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return None
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -129,6 +130,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and not rendered, which takes longer than a small training: their files are there, and blank."""
+    blank = io.BytesIO()
+    Image.new("L", (1, 1)).save(blank, "PNG")
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, path, **how: Path(path).write_bytes(blank.getvalue())
+    )
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

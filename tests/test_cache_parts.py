@@ -141,7 +141,7 @@ def test_what_is_added_comes_back(output: Path, dtype: str) -> None:
     assert features.dtype == np.dtype(dtype)
     assert features.tobytes() == make_rows(range(10), dtype).tobytes()
     assert part.key == KEY
-    assert part.seconds >= 0
+    assert part.spent.seconds >= 0
 
 
 def test_several_batches_become_one_part_in_their_order(output: Path, lasting: None) -> None:
@@ -199,7 +199,7 @@ def test_a_part_is_written_when_it_is_old_enough(output: Path, monkeypatch: pyte
 
 def test_the_age_of_a_part_starts_with_the_one_before(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("featcache.cache.parts.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("featcache.metering.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("featcache.cache.parts.PART_SECONDS", 5.0)
     writer = PartWriter(parts_path(output), KEY, "float32")
     counts = []
@@ -208,7 +208,7 @@ def test_the_age_of_a_part_starts_with_the_one_before(output: Path, monkeypatch:
         add_rows(writer, [number])
         counts.append(len(list_parts(output, "rows", KEY)[0]))
     assert counts == [0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
-    assert {part.seconds for part in list_parts(output, "rows", KEY)[0]} == {5.0}
+    assert {part.spent.seconds for part in list_parts(output, "rows", KEY)[0]} == {5.0}
 
 
 def test_nothing_is_written_when_nothing_was_added(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

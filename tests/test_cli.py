@@ -66,7 +66,7 @@ def test_the_whole_job_in_four_commands_and_their_documented_keys(
     finetune = cli("finetune", photos, *TINY, "--epochs", "1", "--json")
     assert {"run", "val_accuracy", "n_val", "seconds"} <= set(finetune.json)
     compare = cli("compare", photos, "--json")
-    assert [set(arm) >= {"name", "val_accuracy", "seconds"} for arm in compare.json["arms"]] == [True, True]
+    assert [set(arm) >= {"name", "accuracy", "cost"} for arm in compare.json["arms"]] == [True, True]
     assert Path(compare.json["report"]).is_file()
     predict = cli("predict", "runs/head", photos / "val/red/photo_000.jpg", "--json")
     assert [set(row) for row in predict.json] == [{"path", "label", "probability"}]

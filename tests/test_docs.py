@@ -111,7 +111,8 @@ def normalise(text: str) -> list[str]:
     text = re.sub(r"\d+(?:[.,]\d+)*", "#", text)
     text = re.sub(r"# (?:h # min|min # s)", "# s", text)
     text = re.sub(r" +best$", "", text, flags=re.M)
-    text = re.sub(r"^(head|finetune) is better on .*|^No difference between .*", "<verdict>", text, flags=re.M)
+    verdict = r"^(head|finetune) is better than .*|^No difference between .*"
+    text = re.sub(rf"{verdict}|^#% and #% are right .*", "<verdict>", text, flags=re.M)
     text = re.sub(r"-{4,}", "----", text)
     text = text.replace("not on this machine", "on this machine").replace("*", "")
     return [re.sub(r"\s+", " ", line).strip() for line in text.splitlines() if line.strip()]

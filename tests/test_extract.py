@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -12,9 +13,11 @@ import pytest
 from conftest import COLOURS, TinyFamily, draw_photo
 
 import featcache
-from featcache.cache import hash_extractor, list_parts, parts_path
+from featcache.cache import hash_extractor, list_parts, parts_path, write_cache
 from featcache.errors import BadImagesError, CacheError, OutputError, StaleCacheError
+from featcache.metering import Spent
 from featcache.progress import Progress
+from featcache.stages.feature_extractor import FeatureExtractor
 
 TINY = {"backbone": "tiny", "weights": "none"}
 
@@ -177,10 +180,49 @@ def test_an_interruption_keeps_what_was_computed(
         featcache.extract_features(photos, tmp_path / "f.h5", progress=Interrupting(), decoder="pillow", **TINY)
     assert not (tmp_path / "f.h5").exists()
     key = hash_extractor(featcache.load_backbone("tiny", weights="none").describe())
-    spent = sum(part.seconds for part in list_parts(tmp_path / "f.h5", "rows", key)[0])
+    spent = sum(part.spent.seconds for part in list_parts(tmp_path / "f.h5", "rows", key)[0])
     extraction = featcache.extract_features(photos, tmp_path / "f.h5", decoder="pillow", **TINY)
     assert extraction.computed == 18 - 3 * 4
     assert extraction.cache.provenance["seconds"] > spent > 0  # what the first try cost is not forgotten
+    assert extraction.cache.provenance["cpu_seconds"] > 0
+
+
+def test_cpu_seconds_of_a_cache_are_those_of_all_that_made_it(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    FeatureExtractor("tiny", weights="none", decoder="pillow", cache=output).transform(list(photos.rglob("*.jpg"))[:4])
+    parts = list_parts(output, "rows", hash_extractor(featcache.load_backbone("tiny", weights="none").describe()))[0]
+    kept = sum(part.spent.cpu_seconds for part in parts)
+    first = featcache.extract_features(photos, output, decoder="pillow", **TINY).cache.provenance
+    assert first["cpu_seconds"] > kept > 0
+    assert featcache.extract_features(photos, output, decoder="pillow", **TINY).cache.provenance == first
+    draw_photo(COLOURS["red"], 77).save(photos / "val/red/new.jpg")
+    second = featcache.extract_features(photos, output, decoder="pillow", **TINY).cache.provenance
+    assert second["cpu_seconds"] > first["cpu_seconds"]
+    assert second["seconds"] > first["seconds"]
+    cache = featcache.read_cache(output)
+    old = {name: value for name, value in second.items() if name not in ("cpu_seconds", "energy_joules")}
+    write_cache(output, replace(cache, provenance=old))
+    draw_photo(COLOURS["red"], 78).save(photos / "val/red/newer.jpg")
+    third = featcache.extract_features(photos, output, decoder="pillow", **TINY).cache.provenance
+    assert third["seconds"] > second["seconds"]
+    assert (third["cpu_seconds"], third["energy_joules"]) == (None, None)  # of most rows nobody knows
+
+
+def test_a_part_that_did_not_count_cpu_seconds_is_taken(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "f.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(Spent, "to_json", lambda spent: {"seconds": spent.seconds})  # as it was written before
+        FeatureExtractor("tiny", weights="none", decoder="pillow", cache=output).transform(
+            list(photos.rglob("*.jpg"))[:4]
+        )
+    extraction = featcache.extract_features(photos, output, decoder="pillow", **TINY)
+    assert extraction.computed == 14
+    assert extraction.cache.provenance["seconds"] > 0
+    assert extraction.cache.provenance["cpu_seconds"] is None
 
 
 def test_an_image_that_changes_while_it_is_worked_on_is_a_bad_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from featcache.errors import (
     SettingsError,
     TrainingError,
 )
-from featcache.files import hash_file
+from featcache.files import canonical_json, hash_bytes, hash_file
 from featcache.heads import fit_head
 from featcache.processes import ALONE
 from featcache.progress import SILENT
@@ -47,6 +48,8 @@ from featcache.stages.prepare_training import (
     prepare_network,
 )
 from featcache.training import Trainer, Training
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 TINY = {"backbone": "tiny", "weights": "none"}
 
@@ -681,3 +684,105 @@ def test_freeze_is_mode_head(photos: Path, cli: Callable[..., Outcome]) -> None:
     assert outcome.code == 0, outcome.err
     assert outcome.json["title"] == "last layer through the frozen tiny, 1 epoch"
     assert {"epoch": 1, "epochs": 1, "held_out": 2}.items() <= outcome.json["details"].items()
+
+
+# --- seeds and budgets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny")
+def test_seeds_vary_the_training_and_not_the_images_where_the_split_has_a_seed_of_its_own(
+    flat_photos: Path, tmp_path: Path
+) -> None:
+    runs = [
+        featcache.finetune(flat_photos, tmp_path / f"{seed}", epochs=1, seed=seed, split_seed=0, **TINY).record
+        for seed in (0, 1)
+    ]
+    assert runs[0].data["fingerprints"] == runs[1].data["fingerprints"]
+    assert runs[0].extractor["weights"]["tensors_sha256"] == runs[1].extractor["weights"]["tensors_sha256"]
+    losses = [read_history(tmp_path / name / "history.csv")[0]["train_loss"] for name in "01"]
+    assert losses[0] != losses[1]
+    assert "split_seed" not in runs[0].settings
+    assert runs[1].settings["split_seed"] == 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_budget_that_was_not_spent_is_no_setting_of_the_result(photos: Path, tmp_path: Path) -> None:
+    run = featcache.finetune(photos, tmp_path / "run", epochs=1, time_budget=500, **TINY)
+    assert "time_budget" not in run.record.settings
+    assert featcache.finetune(photos, tmp_path / "run", epochs=1, **TINY).reused
+    assert featcache.finetune(photos, tmp_path / "run", epochs=1, time_budget=900, **TINY).reused
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_that_was_cut_by_its_budget_is_another_one_than_the_whole(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.stages.finetune.WRITING_SECONDS", 1e9)
+    assert (
+        featcache.finetune(photos, tmp_path / "run", epochs=3, time_budget=60, **TINY).record.settings["time_budget"]
+        == 60
+    )
+    assert featcache.finetune(photos, tmp_path / "run", epochs=3, time_budget=60, **TINY).reused
+    with pytest.raises(RunError, match="time_budget: 60 -> unset"):
+        featcache.finetune(photos, tmp_path / "run", epochs=3, **TINY)
+
+
+# --- what it cost -----------------------------------------------------------------------------------------------------
+
+TINY_ADDS = 8 * 8 * 8 * 3 * 3 * 3 + 8 * 5  # the convolution's and the classifier's, 16 x 16 pixels
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(
+    ("mode", "forward", "backward"),
+    [  # 12 images, 2 of them held out and evaluated after each epoch; 6 reported
+        ("full", 2 * (10 + 2) + 6, 2 * 10),
+        ("head", 2 * (10 + 2) + 6, 0),
+        ("staged", 3 * (10 + 2) + 6, 2 * 10),
+        ("lp-ft", 2 + 2 * (10 + 2) + 6 + 18, 2 * 10),
+    ],
+)
+def test_costs_of_a_fine_tuning_are_told_by_stage(
+    photos: Path, tmp_path: Path, mode: str, forward: int, backward: int
+) -> None:
+    more = {"features": str(tmp_path / "f.h5")} if mode == "lp-ft" else {}
+    run = featcache.finetune(photos, tmp_path / "run", mode=mode, epochs=2, **more, **TINY)
+    record = run.record
+    assert record.details["flops"] == 2 * TINY_ADDS * (forward + 2 * backward)
+    assert set(record.cpu_seconds) == set(record.seconds)
+    parts = [value for name, value in record.cpu_seconds.items() if name not in ("total", "per_epoch")]
+    assert record.cpu_seconds["total"] == pytest.approx(sum(parts))
+    assert min(parts) >= 0
+    assert record.cpu_seconds["training"] > 0
+    sizes = [(run.folder / name).stat().st_size for name in ("model.json", "model.safetensors")]
+    assert record.result_bytes == sum(sizes)
+    assert featcache.read_record(run.folder) == record
+
+
+def test_cpu_seconds_before_an_interruption_count_and_are_unknown_where_nobody_counted_them(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    settings = {"epochs": 3, "checkpoint_every": 0.0, **TINY}
+    interrupt_after(photos, tmp_path / "run", 2, **settings)
+    folder = tmp_path / "run.checkpoint"
+    description = json.loads((folder / "checkpoint.json").read_text())
+    description.pop("sha256")
+    more = description["more"]
+    assert more["cpu_seconds"] > more["training"]["cpu_seconds"] > 0
+    more["cpu_seconds"] += 1000
+    more["training"]["cpu_seconds"] += 600
+    description["sha256"] = hash_bytes(canonical_json(description).encode())
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    shutil.copytree(folder, tmp_path / "old.checkpoint")
+    cpu = featcache.finetune(photos, tmp_path / "run", **settings).record.cpu_seconds
+    assert 600 < cpu["training"] < 700
+    assert 400 < cpu["preparation"] < 500
+    assert 1000 < cpu["total"] < 1100
+    for name in ("cpu_seconds", "energy_joules", "training"):  # as it was kept before they were counted
+        del more[name]
+    del description["sha256"]
+    description["sha256"] = hash_bytes(canonical_json(description).encode())
+    (tmp_path / "old.checkpoint/checkpoint.json").write_text(json.dumps(description))
+    record = featcache.finetune(photos, tmp_path / "old", **settings).record
+    assert (record.cpu_seconds, record.energy_joules) == ({}, None)
+    assert record.seconds["total"] > 0

@@ -208,7 +208,7 @@ def test_the_order_of_the_images_does_not_matter(solver: str) -> None:
 def test_seconds_are_told_and_choosing_is_a_part_of_them() -> None:
     for solver in ("lbfgs", "ridge", "knn"):
         fitted = fit(make_problem(22), solver)
-        assert 0 < fitted.selection_seconds < fitted.seconds
+        assert 0 < fitted.selecting.seconds < fitted.spent.seconds
 
 
 # --- scaling ----------------------------------------------------------------------------------------------------------

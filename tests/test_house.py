@@ -16,7 +16,7 @@ from featcache import config
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
-LEAVES = {"errors", "extras", "config", "files", "progress"}
+LEAVES = {"errors", "extras", "config", "files", "progress", "wording"}
 # A noun imports leaves, and of the other nouns only these; the reason is what it needs of each.
 NOUNS: dict[str, set[str]] = {
     "dataset": set(),
@@ -26,21 +26,28 @@ NOUNS: dict[str, set[str]] = {
     "preprocessing": {"clips", "decoding"},  # the rules of decoding, in words
     # frames; digests; an image from bytes; what to do; which random views
     "images": {"clips", "dataset", "decoding", "preprocessing", "views"},
+    "metering": set(),
     "metrics": set(),
+    "evidence": {"metrics"},  # the exact test of one pair of classifiers, Holm's correction
     "views": set(),
     "recall": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": {"processes"},  # those that train together
     "processes": set(),
     "augmentation": {"images", "preprocessing", "processes"},  # rows; the crop; the label that counts for nothing
+    "findings": {"metrics"},  # the confusion matrix
     "plots": set(),
+    "thumbnails": {"decoding"},  # an image from a file's bytes
+    "projection": set(),
+    # what is shown; confusions and intervals; colours and names cut short; small images
+    "pages": {"metrics", "plots", "runs", "thumbnails"},
     "runs": set(),
     "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights
     "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
-    "heads": {"metrics"},  # probabilities from logits
-    # Split and Listing: which image a row is; what is usual, for people; which views there are
-    "cache": {"dataset", "preprocessing", "views"},
-    "report": {"metrics", "runs"},  # RunRecords in, numbers out
+    "heads": {"metering", "metrics"},  # what choosing and fitting cost; probabilities from logits
+    # Split and Listing: which image a row is; what a part cost; what is usual, for people; which views there are
+    "cache": {"dataset", "metering", "preprocessing", "views"},
+    "report": {"evidence", "metrics", "runs"},  # RunRecords in; tests and intervals; numbers and words out
     "bundle": {
         "backbones",
         "heads",
@@ -53,12 +60,13 @@ NOUNS: dict[str, set[str]] = {
 OWNERS = {
     "h5py": {"cache"},
     "filelock": {"cache"},
-    "PIL": {"augmentation", "clips", "decoding", "images", "pictures"},
+    "PIL": {"augmentation", "clips", "decoding", "images", "pictures", "thumbnails"},
     "simplejpeg": {"decoding"},
     "av": {"clips"},
     "torchvision": {"augmentation", "backbones", "images"},
     "efficientnet_lite_pytorch": {"backbones"},
     "matplotlib": {"plots"},
+    "jinja2": {"pages"},
     "click": {"cli"},
     "tqdm": {"cli"},
     "pyarrow": {"stages"},
@@ -68,7 +76,7 @@ OWNERS = {
     "onnx": {"backbones"},
     "onnxruntime": {"backbones", "runtime"},
     "openvino": {"runtime"},
-    "scipy": {"heads", "metrics"},
+    "scipy": {"evidence", "findings", "heads", "metrics"},
     "safetensors": {"backbones", "bundle", "training"},
 }
 
@@ -164,6 +172,8 @@ def test_every_setting_is_explained() -> None:
         config.HeadConfig,
         config.FinetuneConfig,
         config.CompareConfig,
+        config.ShowConfig,
+        config.AuditConfig,
     )
     for settings in every:
         explained = {

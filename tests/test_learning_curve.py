@@ -19,7 +19,7 @@ from featcache.progress import SILENT
 from featcache.stages import learning_curve
 from featcache.stages.learning_curve import Curve, learn_curve, list_parts, list_sizes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_figures")
 EASY: dict[str, Any] = {"solver": "lbfgs", "C": 0.1, "repeats": 1}
 
 

@@ -44,8 +44,8 @@ def test_curves_of_arms_without_epochs_are_level_lines() -> None:
 
 def test_accuracy_against_time_shows_each_arm_with_its_interval() -> None:
     arms = [
-        {"name": "head", "seconds": 0.5, "val_accuracy": 1.0, "interval": [0.6, 1.0]},
-        {"name": "finetune", "seconds": 900.0, "val_accuracy": 0.0, "interval": [0.0, 0.4]},
+        {"name": "head", "cost": {"seconds": {"total": 0.5}}, "accuracy": 1.0, "interval": [0.6, 1.0]},
+        {"name": "finetune", "cost": {"seconds": {"total": 900.0}}, "accuracy": 0.0, "interval": [0.0, 0.4]},
     ]
     figure = plots.draw_accuracy_against_time(arms)
     assert len(figure.axes[0].containers) == 2

@@ -19,12 +19,19 @@ import featcache
 from featcache.backbones import families
 from featcache.errors import BackboneError, FeatcacheError, RunError, SettingsError
 from featcache.metrics import mcnemar_test
-from featcache.report import compare_with_first, format_ranking_markdown, state_ranking, tabulate_ranking
+from featcache.report import (
+    compare_with_first,
+    format_ranking_markdown,
+    state_ranking,
+    state_ranking_grounds,
+    tabulate_ranking,
+)
 from featcache.runs import read_predictions
-from featcache.stages.compare import load_arms
-from featcache.stages.rank import make_slug, name_cache, name_run
+from featcache.stages.compare import Group, load_arms
+from featcache.stages.plan_comparison import make_slug, name_cache
+from featcache.stages.rank import name_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_figures")
 
 Cli = Callable[..., Outcome]
 
@@ -77,22 +84,28 @@ def test_the_backbone_that_sees_is_before_the_one_that_is_blind(flat_photos: Pat
     ranking = featcache.rank_backbones(flat_photos, ["blind", "tiny"], weights="none")
     assert [arm["name"] for arm in ranking.arms] == ["tiny (random)", "blind (random)"]
     first, second = ranking.arms
-    assert (first["val_accuracy"], first["correct"], first["n_val"]) == (1.0, 19, 19)
-    assert second["val_accuracy"] < 0.6
+    assert (first["accuracy"], first["runs"][0]["correct"], first["images"]) == (1.0, 19, 19)
+    assert second["accuracy"] < 0.6
     assert (first["against_first"], second["against_first"]["first"]) == (None, "tiny (random)")
     assert (first["width"], first["parameters"], first["multiply_adds"]) == (8, 277, 13_864)
     assert first["layer"] == "input of fc"
     assert first["extraction_seconds"] > 0
     assert ranking.failed == {}
-    assert ranking.verdict.startswith("tiny (random): 100.0% of 19 validation images are right")
-    assert ranking.verdict.replace("<", "&lt;") in ranking.report.read_text()
+    assert ranking.verdict == "tiny (random) is better than blind (random) on these 19 images."
+    assert ranking.report == Path("runs/compare/report.html")
+    page = ranking.report.read_text()
+    assert f"<h1>{ranking.verdict}</h1>" in page
+    assert page.count("data:image/jpeg") > 5
+    assert "featcache compare" in ranking.summary["command"]
 
 
 def test_every_backbone_has_its_own_cache_and_run_and_they_are_used_again(photos: Path, tiny: type[TinyFamily]) -> None:
     first = featcache.rank_backbones(photos, ["tiny", "blind"], weights="none")
     assert {path.name for path in Path().glob("*.h5")} == {"features-tiny-none.h5", "features-blind-none.h5"}
     assert {path.name for path in Path("runs").iterdir()} == {"compare", "head-tiny-none", "head-blind-none"}
-    assert {path.name for path in Path("runs/compare").iterdir()} == {"compare.json", "compare.md", "ranking.png"}
+    assert {path.name for path in Path("runs/compare").iterdir()} == {
+        "compare.json", "compare.md", "ranking.png", "report.html",
+    }  # fmt: skip
     tiny.calls = 0
     again = featcache.rank_backbones(photos, ["blind", "tiny"], weights="none")
     assert tiny.calls == 0
@@ -105,6 +118,8 @@ def test_a_backbone_that_cannot_be_used_is_named_and_the_others_are_ranked(photo
     assert ranking.failed["broken"] == "broken cannot be made: its parts are missing"
     assert ranking.failed["nonsense"].startswith("unknown backbone 'nonsense'")
     assert ranking.verdict.startswith("tiny (random): ")
+    for page in ("report.html", "compare.md"):
+        assert "broken cannot be made" in Path("runs/compare", page).read_text().replace("Broken", "broken")
 
 
 def test_if_no_backbone_can_be_used_that_is_an_error(photos: Path) -> None:
@@ -142,7 +157,7 @@ def test_settings_of_the_head_and_the_extraction_are_passed_on(flat_photos: Path
     ranking = featcache.rank_backbones(flat_photos, ["tiny"], weights="none", **settings)
     assert "C = 0.5" in ranking.arms[0]["title"]
     wanted = featcache.list_dataset(flat_photos, val_fraction=0.4, seed=3)
-    assert ranking.arms[0]["n_val"] == len(wanted.splits["val"])
+    assert ranking.arms[0]["images"] == len(wanted.splits["val"])
     assert featcache.open_cache("features-tiny-none.h5").stored == "float16"
 
 
@@ -178,6 +193,7 @@ def test_imported_and_extracted_caches_are_ranked_together(photos: Path) -> None
     imported = ranking.arms[1]
     assert (imported["parameters"], imported["multiply_adds"], imported["extraction_seconds"]) == (None, None, None)
     assert "imported:noise" in ranking.table
+    assert ranking.summary["command"] == "featcache compare b.h5 a.h5"
 
 
 def test_layers_of_one_backbone_are_told_apart_by_name(photos: Path) -> None:
@@ -202,7 +218,7 @@ def test_caches_of_the_same_file_name_keep_their_own_heads(photos: Path) -> None
     arms = featcache.rank_caches(["d0/f.h5", "d1/f.h5"]).arms
     assert sorted(arm["width"] for arm in arms) == [5, 8]
     assert {arm["layer"] for arm in arms} == {"conv (avg)", "fc"}
-    assert len({arm["run"] for arm in arms}) == 2
+    assert len({arm["runs"][0]["run"] for arm in arms}) == 2
 
 
 def test_caches_of_other_images_are_refused(photos: Path, flat_photos: Path) -> None:
@@ -235,7 +251,7 @@ def test_p_values_are_mcnemars_adjusted_by_hand(flat_photos: Path) -> None:
     ranking = featcache.rank_caches(["a.h5", "b.h5", "c.h5", "d.h5"])
     right = []
     for arm in ranking.arms:
-        predictions = read_predictions(Path(arm["run"]) / "predictions.csv", ("blue", "green", "red"))
+        predictions = read_predictions(Path(arm["runs"][0]["run"]) / "predictions.csv", ("blue", "green", "red"))
         order = np.argsort(np.array(predictions.paths))
         right.append((predictions.labels == predictions.predicted)[order])
     p_values = [mcnemar_test(right[0], other)[2] for other in right[1:]]
@@ -245,14 +261,14 @@ def test_p_values_are_mcnemars_adjusted_by_hand(flat_photos: Path) -> None:
     small, middle, large = sorted(p_values)
     by_hand = {small: 3 * small, middle: max(3 * small, 2 * middle), large: max(3 * small, 2 * middle, large)}
     assert [pair["p_adjusted"] for pair in pairs] == pytest.approx([min(1.0, by_hand[p]) for p in p_values])
-    assert [arm["correct"] for arm in ranking.arms] == sorted((arm["correct"] for arm in ranking.arms), reverse=True)
+    assert [arm["accuracy"] for arm in ranking.arms] == sorted((arm["accuracy"] for arm in ranking.arms), reverse=True)
 
 
 def test_adjusting_follows_the_number_of_others(flat_photos: Path) -> None:
     featcache.extract_features(flat_photos, "a.h5", backbone="tiny", weights="none", val_fraction=0.5)
     import_like("a.h5", flat_photos, "b.h5", "noise", change=20.0)
     runs = [featcache.train_head(f"{name}.h5", name).folder for name in "ab"]
-    first, other = load_arms(runs)
+    first, other = load_arms([Group(name=run.name, runs=[run]) for run in runs], ["a", "b"])
     alone = compare_with_first([first, other])[0]
     assert alone["p_adjusted"] == alone["p_value"] < 0.2
     twice = compare_with_first([first, other, replace(other, name="again")])
@@ -260,15 +276,29 @@ def test_adjusting_follows_the_number_of_others(flat_photos: Path) -> None:
 
 
 def make_arm(name: str, correct: int, p_adjusted: float | None, seconds: float | None = 1.0) -> dict[str, Any]:
-    pair = None if p_adjusted is None else {"p_adjusted": p_adjusted}
+    """An arm of a ranking, of 100 images; null p of the first, "a"."""
+    pair = None
+    if p_adjusted is not None:
+        pair = {
+            "first": "a",
+            "second": name,
+            "difference": (90 - correct) / 100,
+            "interval": [(90 - correct) / 100 - 0.05, (90 - correct) / 100 + 0.05],
+            "mcnemar": [{"seed": 0, "only_first_right": 93 - correct, "only_second_right": 3, "p_value": p_adjusted}],
+            "p_seeds": None,
+            "p_adjusted": p_adjusted,
+            "detectable_difference": 0.08,
+            "claim": "first" if p_adjusted < 0.05 else "none",
+            "flattered": False,
+        }
     return {
         "name": name,
         "layer": "input of fc",
         "selection": "C by cross-validation",
-        "val_accuracy": correct / 100,
-        "correct": correct,
-        "n_val": 100,
+        "accuracy": correct / 100,
+        "images": 100,
         "interval": [0.1, 0.9],
+        "runs": [{"run": name}],
         "against_first": pair,
         "extraction_seconds": seconds,
         "head_seconds": 0.1,
@@ -281,15 +311,36 @@ def make_arm(name: str, correct: int, p_adjusted: float | None, seconds: float |
 
 def test_the_verdict_says_no_more_than_the_tests_show() -> None:
     a, b, c = make_arm("a", 90, None, 10.0), make_arm("b", 88, 0.6, 2.0), make_arm("c", 60, 0.001)
-    assert state_ranking([a]) == "a: 90.0% of 100 validation images are right."
+    assert state_ranking([a]) == "a: 90.0% of 100 images are right; there is nothing to compare it with."
     assert state_ranking([a, b, c]) == (
-        "a: 90.0% of 100 validation images are right; no difference can be shown to b (McNemar, Holm-adjusted). Of "
-        "these b is the cheapest to extract, 5.0 times faster than a."
+        "No difference between a and b can be shown on 100 images; b extracts in 1/5 of the time."
     )
-    tested = "(McNemar, Holm-adjusted p < 0.05)."
-    best = "a: 90.0% of 100 validation images are right, more than with"
-    assert state_ranking([a, c]) == f"{best} c {tested}"
-    assert state_ranking([a, c, make_arm("d", 50, 0.001)]) == f"{best} any of the 2 others {tested}"
+    assert state_ranking([a, c]) == "a is better than c on these 100 images."
+    assert (
+        state_ranking([a, c, make_arm("d", 50, 0.001)]) == "a is better than each of the 2 others on these 100 images."
+    )
+    many = [make_arm(name, 88, 0.6, None) for name in "bcdef"]
+    assert state_ranking([a, *many]) == "No difference between a and any of b, c and 3 more can be shown on 100 images."
+    flattered = {**c, "against_first": {**c["against_first"], "claim": "none", "flattered": True}}
+    assert state_ranking([a, flattered]) == (
+        "Nothing can be said of a: it was chosen on the very images that are reported."
+    )
+
+
+def test_the_grounds_of_the_verdict_are_its_numbers() -> None:
+    a, b, c = make_arm("a", 90, None, 10.0), make_arm("b", 88, 0.6, 2.0), make_arm("c", 60, 0.001, None)
+    assert state_ranking_grounds([a]) == "Extraction took 10.0 s with a."
+    assert state_ranking_grounds([a, c]) == (
+        "90.0% and 60.0% are right, a difference of +30.0 points (95 % interval +25.0 to +35.0; 33 images only a gets "
+        "right, 3 only c; exact McNemar p = 0.001). So many images mostly show differences of 8.0 points and more. "
+        "Extraction took 10.0 s with a."
+    )
+    assert state_ranking_grounds([a, b, c]) == (
+        "a has the most right, 90.0%, next is b with 88.0%: a difference of +2.0 points (95 % interval "
+        "\N{MINUS SIGN}3.0 to +7.0; exact McNemar p = 0.6, adjusted by Holm for 2 others). It is shown to be better "
+        "than 1 of them. So many images mostly show differences of 8.0 points and more. Extraction took 2.0 s with b, "
+        "10.0 s with a."
+    )
 
 
 def test_the_page_has_a_row_for_each_and_names_cannot_break_it() -> None:
@@ -298,9 +349,15 @@ def test_the_page_has_a_row_for_each_and_names_cannot_break_it() -> None:
     assert rows[1] == ["a|b", "90.0%", "10.0% to 90.0%", "-", "512", "11.7 M", "1.81", "1.0", "0.10"]
     assert rows[2][3] == "0.03"
     assert rows[2][7] == "-"
-    data = {"folder": "/data/<x>", "images": {"train": 7, "val": 3}, "classes": ["a", "b"]}
-    failed = {"absent": "its weights are <gone>"}
-    page = format_ranking_markdown(rows, "verdict", arms, [("cost", "ranking.png")], data=data, failed=failed)
+    summary = {
+        "verdict": "verdict",
+        "grounds": "p < 0.05",
+        "data": {"folder": "/data/<x>", "images": {"train": 7, "val": 3}, "classes": ["a", "b"]},
+        "arms": arms,
+        "failed": {"absent": "its weights are <gone>"},
+        "remarks": [],
+    }
+    page = format_ranking_markdown(summary, [("cost", "ranking.png")])
     assert "Data: /data/&lt;x>, 7 train, 3 val images, 2 classes." in page
     assert "**absent** is left out: its weights are &lt;gone>" in page
     assert "a\\|b" in page
@@ -335,12 +392,12 @@ def test_several_backbones_are_a_ranking_on_the_command_line(cli: Cli, photos: P
     options = ("--weights", "none", "--backbone", "blind", "--backbone", "tiny")
     ranked = cli("compare", photos, *options)
     assert ranked.code == 0
-    assert ranked.out.splitlines()[0].split()[:3] == ["val", "accuracy", "95"]
-    assert ranked.out.splitlines()[-1] == "report: runs/compare/compare.md"
+    assert ranked.out.splitlines()[0].split()[:2] == ["accuracy", "95"]
+    assert ranked.out.splitlines()[-1] == "report: runs/compare/report.html"
     value = cli("compare", photos, *options, "--json").json
-    assert set(value) == {"arms", "verdict", "report", "failed"}
+    assert value.pop("report") == "runs/compare/report.html"
     assert [arm["backbone"] for arm in value["arms"]] == ["tiny", "blind"]
-    assert json.loads(Path("runs/compare/compare.json").read_text())["arms"] == value["arms"]
+    assert json.loads(Path("runs/compare/compare.json").read_text()) == value
 
 
 def test_a_backbone_that_failed_is_named_and_the_exit_code_is_3(cli: Cli, photos: Path) -> None:

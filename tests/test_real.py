@@ -102,9 +102,9 @@ def test_fine_tuning_learns_and_loads_again_with_the_same_predictions(job: Workp
 def test_the_comparison_puts_both_in_one_table_and_repeats_nothing(job: Workplace) -> None:
     arms = job.printed["compare"]["arms"]
     assert [arm["name"] for arm in arms] == ["head", "finetune"]
-    assert arms[0]["val_accuracy"] == job.printed["head"]["val_accuracy"]
-    assert arms[1]["val_accuracy"] == job.printed["finetune"]["val_accuracy"]
-    assert "| val accuracy |" in (job.folder / job.printed["compare"]["report"]).read_text()
+    assert arms[0]["accuracy"] == job.printed["head"]["val_accuracy"]
+    assert arms[1]["accuracy"] == job.printed["finetune"]["val_accuracy"]
+    assert "| val accuracy |" in (job.folder / "runs/compare/compare.md").read_text()
 
 
 def test_a_new_file_gets_a_label(job: Workplace) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_solvers import make_cloud
 import featcache
 from featcache.backbones import families
 from featcache.bundle import load_classifier
+from featcache.cache import write_cache
 from featcache.cache.streaming import StreamedFeatures
 from featcache.errors import CacheError, DatasetError, OutputError, RunError, SettingsError
 from featcache.files import canonical_json, hash_bytes
@@ -173,6 +175,80 @@ def test_the_extraction_is_charged_to_the_head(features: Path, tmp_path: Path) -
     assert min(parts) >= 0
 
 
+def test_cpu_seconds_have_the_stages_that_the_seconds_have(features: Path, tmp_path: Path) -> None:
+    cache, record = featcache.read_cache(features), featcache.train_head(features, tmp_path / "run").record
+    assert list(record.cpu_seconds) == list(record.seconds)
+    assert record.cpu_seconds["extraction"] == cache.provenance["cpu_seconds"] > 0
+    assert record.cpu_seconds["total"] == pytest.approx(sum(record.cpu_seconds.values()) - record.cpu_seconds["total"])
+    assert 0 < record.cpu_seconds["training"] < 1.5 * record.seconds["training"] + 0.05  # one thread
+    assert featcache.read_record(tmp_path / "run") == record
+
+
+def test_the_size_of_a_result_is_that_of_its_two_files(features: Path, tmp_path: Path) -> None:
+    record = featcache.train_head(features, tmp_path / "run").record
+    sizes = [(tmp_path / "run" / name).stat().st_size for name in ("model.json", "model.safetensors")]
+    assert record.result_bytes == sum(sizes) > 500
+
+
+@pytest.mark.usefixtures("tiny")
+def test_operations_are_those_of_one_forward_pass_of_every_cached_image_and_view(
+    extracted: Path, photos: Path, tmp_path: Path
+) -> None:
+    plain = featcache.train_head(extracted / "features.h5", tmp_path / "plain").record.details
+    viewed = featcache.train_head(extracted / "viewed.h5", tmp_path / "viewed").record.details
+    each = 2 * (8 * 8 * 8 * 3 * 3 * 3 + 8 * 5)  # the convolution's and the classifier's multiply-adds, 16 x 16 pixels
+    assert plain["flops"] == 18 * each
+    assert viewed["flops"] == (12 * 3 + 6 * 4 + 6 * 4) * each
+    seconds = featcache.read_cache(extracted / "viewed.h5").provenance["seconds"]
+    assert viewed["images_per_second"] == pytest.approx(84 / seconds)
+    larger = featcache.extract_features(photos, tmp_path / "larger.h5", input_size=(32, 32), **TINY).path
+    details = featcache.train_head(larger, tmp_path / "larger").record.details
+    assert details["flops"] == 18 * 2 * (16 * 16 * 8 * 3 * 3 * 3 + 8 * 5)
+    inside = featcache.extract_features(photos, tmp_path / "inside.h5", layer=("conv:avg",), **TINY).path
+    assert featcache.train_head(inside, tmp_path / "inside").record.details["flops"] is None
+
+
+def test_nobody_knows_what_imported_features_cost(imported: Path, tmp_path: Path) -> None:
+    record = featcache.train_head(imported, tmp_path / "run").record
+    assert (record.details["flops"], record.details["images_per_second"]) == (None, None)
+    assert list(record.cpu_seconds) == ["selection", "training", "evaluation", "total"]
+
+
+def test_a_cache_that_did_not_count_cpu_seconds_makes_a_run_without_them(features: Path, tmp_path: Path) -> None:
+    cache = featcache.read_cache(features)
+    provenance = {n: v for n, v in cache.provenance.items() if n not in ("cpu_seconds", "energy_joules")}
+    write_cache(tmp_path / "old.h5", replace(cache, provenance=provenance))
+    record = featcache.train_head(tmp_path / "old.h5", tmp_path / "run").record
+    assert (record.cpu_seconds, record.energy_joules) == ({}, None)
+    new = featcache.train_head(features, tmp_path / "new").record
+    assert record.seconds["extraction"] == new.seconds["extraction"]
+    assert len(featcache.compare_runs([tmp_path / "run", tmp_path / "new"], tmp_path / "out").arms) == 2
+
+
+def test_a_run_that_was_written_before_costs_were_counted_is_read(features: Path, tmp_path: Path) -> None:
+    folder = featcache.train_head(features, tmp_path / "run").folder
+    value = read_json(folder / "run.json")
+    later = ("cpu_seconds", "energy_joules", "result_bytes", "details")
+    old = {name: entry for name, entry in value.items() if name not in later}
+    (folder / "run.json").write_text(json.dumps(old))
+    record = featcache.read_record(folder)
+    assert (record.cpu_seconds, record.energy_joules, record.result_bytes, record.details) == ({}, None, None, {})
+    assert record.seconds == value["seconds"]
+    for name in ("seconds", "schema"):
+        (folder / "run.json").write_text(json.dumps({key: entry for key, entry in old.items() if key != name}))
+        with pytest.raises(RunError, match=f"damaged \\(KeyError: '{name}'\\)"):
+            featcache.read_record(folder)
+
+
+@pytest.mark.parametrize("name", ["cpu_seconds", "energy_joules"])
+@pytest.mark.parametrize("value", ["much", -1.0, 1e300])
+def test_a_cache_whose_costs_are_strange_is_refused(features: Path, tmp_path: Path, name: str, value: object) -> None:
+    cache = featcache.read_cache(features)
+    write_cache(tmp_path / "strange.h5", replace(cache, provenance={**cache.provenance, name: value}))
+    with pytest.raises(CacheError, match=f"provenance.{name}"):
+        featcache.train_head(tmp_path / "strange.h5", tmp_path / "run")
+
+
 def test_a_given_c_is_used_and_nothing_is_selected(features: Path, tmp_path: Path) -> None:
     record = featcache.train_head(features, tmp_path / "run", C=0.5, solver="sklearn").record
     assert record.selection == "C = 0.5: given"
@@ -204,6 +280,9 @@ def test_what_is_found_out_beside_a_head_is_not_its_cost(
     assert seconds["total"] == pytest.approx(sum(seconds[name] for name in parts))
     assert seconds[more] > 0 <= seconds["evaluation"]
     assert set(seconds) == {*parts, "total", more}
+    cpu = featcache.read_record(tmp_path / "run").cpu_seconds
+    assert cpu["total"] == pytest.approx(sum(cpu[name] for name in parts))
+    assert cpu[more] > 0 <= cpu["evaluation"]
 
 
 def test_a_head_is_replaced_without_asking(features: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from featcache.training import (
     set_mode_frozen,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "blank_figures")
 
 
 def make_stage(name: str = "full", epochs: int = 2, *, optimizer: str = "sgd", schedule: str = "step") -> Stage:

@@ -10,7 +10,7 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
     │           extractor          JSON: backbone, weights and their SHA-256, layer, preprocessing, precision; of
     │                              imported features "imported", the table and its SHA-256, and no preprocessing
     │           extractor_key      SHA-256 of what decides the features
-    │           provenance         JSON: data folder, versions, device, seconds spent extracting, files left out
+    │           provenance         JSON: data folder, versions, device, what extracting cost, files left out
     │           columns_sha256     JSON: SHA-256 of every column below
     │           content_sha256     SHA-256 of classes, key and columns but `stats`: equal caches have equal ones
     │           attributes_sha256  SHA-256 of those six

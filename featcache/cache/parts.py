@@ -11,7 +11,6 @@ import contextlib
 import io
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from featcache.cache.reading import explain_errors
 from featcache.dataset import STATS, Digests, KnownFiles, Stats
 from featcache.errors import CacheError, OutputError
 from featcache.files import hash_bytes, list_temporary, write_atomically
+from featcache.metering import Meter, Spent, add_up
 
 PART_SCHEMA = 1
 # A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
@@ -69,7 +69,7 @@ class PartWriter:
         self._digests: list[str] = []
         self._features: list[NDArray[Any]] = []
         self._bytes = 0
-        self._started = time.perf_counter()
+        self._meter = Meter()
 
     def add(self, digests: Sequence[str], features: NDArray[Any]) -> None:
         """Take the features (B, D) of B images.
@@ -84,19 +84,18 @@ class PartWriter:
         self._digests += digests
         self._features.append(features.astype(self._dtype))
         self._bytes += self._features[-1].nbytes
-        if self._bytes >= PART_BYTES or time.perf_counter() - self._started >= PART_SECONDS:
+        if self._bytes >= PART_BYTES or self._meter.seconds >= PART_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write what is there as a part."""
         if not self._digests:
             return
-        now = time.perf_counter()
+        spent, meter = self._meter.read(), Meter()
         columns = {"features": np.concatenate(self._features), "digests": np.array(self._digests, "S64")}
-        seconds = now - self._started
-        path = _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, seconds)
-        self.parts.append(Part(path=path, key=self._key, seconds=seconds, columns={"digests": columns["digests"]}))
-        self._digests, self._features, self._bytes, self._started = [], [], 0, now
+        path = _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, spent)
+        self.parts.append(Part(path=path, key=self._key, spent=spent, columns={"digests": columns["digests"]}))
+        self._digests, self._features, self._bytes, self._meter = [], [], 0, meter
 
 
 def keep_files(folder: Path, stats: Stats, digests: Digests) -> None:
@@ -111,19 +110,20 @@ def keep_files(folder: Path, stats: Stats, digests: Digests) -> None:
     digests
         (N,) S64.
     """
-    _write_part(folder, FILES, {"stats": stats.astype("<i8"), "digests": digests.astype("S64")}, "", 0.0)
+    _write_part(folder, FILES, {"stats": stats.astype("<i8"), "digests": digests.astype("S64")}, "", Spent())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part that was found whole.
 
-    `columns` are "digests" (N,) S64 and, for a part of files, "stats"; features are read when they are wanted.
+    `columns` are "digests" (N,) S64 and, for a part of files, "stats"; features are read when they are wanted. `spent`
+    is what its rows cost, CPU seconds and joules None where a featcache wrote it that did not count them.
     """
 
     path: Path
     key: str
-    seconds: float
+    spent: Spent
     columns: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
@@ -194,7 +194,7 @@ def merge_parts(output: Path, kind: str, key: str = "") -> None:
     if kind == ROWS:
         columns["features"] = np.concatenate([part.read_features() for part in small])
     prefix = f"{ROWS}-{key[:16]}" if kind == ROWS else FILES
-    _write_part(parts_path(output), prefix, columns, key, sum(part.seconds for part in small))
+    _write_part(parts_path(output), prefix, columns, key, add_up(part.spent for part in small))
     for part in small:  # NOTE: after the new one is on the disk
         with contextlib.suppress(OSError):
             files.disk.remove(part.path)
@@ -262,10 +262,10 @@ def _list_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, seconds: float) -> Path:
+def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, spent: Spent) -> Path:
     with h5py.File("part", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["featcache_part"] = PART_SCHEMA
-        file.attrs["seconds"] = seconds
+        file.attrs.update({name: value for name, value in spent.to_json().items() if value is not None})
         file.attrs.create("extractor_key", key.encode(), dtype=h5py.string_dtype("ascii", max(len(key), 1)))
         for name, values in columns.items():
             file.create_dataset(name, data=values, chunks=values.shape, fletcher32=True)
@@ -288,7 +288,7 @@ def _load(path: Path, names: set[str]) -> Part:
             return Part(
                 path=path,
                 key=bytes(file.attrs["extractor_key"]).decode("ascii"),
-                seconds=float(file.attrs["seconds"]),
+                spent=Spent.from_json(dict(file.attrs)),
                 columns={name: file[name][:] for name in names if name in file},
             )
     except OSError as error:

@@ -624,7 +624,11 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
         ),
         "provenance.settings": settings <= set(origin.get("settings", {})),
         "provenance.table": not imported or isinstance(origin.get("table"), str),
-        "provenance.seconds": isinstance(origin.get("seconds"), float | int) and 0 <= origin["seconds"] < 1e12,
+        "provenance.seconds": _is_cost(origin.get("seconds")),
+        **{  # which older caches lack
+            f"provenance.{name}": origin.get(name) is None or _is_cost(origin[name])
+            for name in ("cpu_seconds", "energy_joules")
+        },
         "provenance.peak_memory_bytes": size is None or isinstance(size, int),
         "provenance.device": isinstance(origin.get("device"), str),
         "provenance.runtime": isinstance(origin.get("runtime"), str),
@@ -634,6 +638,11 @@ def check_complete(cache: FeatureCache, path: Path | str) -> None:
     }
     if missing := [name for name, is_sound in sound.items() if not is_sound]:
         raise CacheError(f"{path} is not a whole feature cache: {', '.join(missing)} missing or strange; {CURE}")
+
+
+def _is_cost(value: Any) -> bool:
+    """Whether it is a number of seconds or joules."""
+    return isinstance(value, float | int) and 0 <= value < 1e12
 
 
 def _is_size(value: Any) -> bool:

@@ -8,7 +8,7 @@ exit code   meaning
 0           done
 1           error: one line on stderr says what, where, and what cures it
 2           usage: an option or argument that cannot be understood
-3           done, with images left out; they are named on stderr
+3           done, with images left out; they are named on stderr. Of `audit --strict`: done, and there is leakage
 130         interrupted with Ctrl-C
 143         ended by SIGTERM; what was computed is kept, as after Ctrl-C
 ==========  =====================================================================
@@ -38,6 +38,7 @@ COMMANDS = {
     "train-head": "train_head",
     "finetune": "finetune",
     "compare": "compare",
+    "audit": "audit",
     "show": "show",
     "predict": "predict",
     "cache": "cache",

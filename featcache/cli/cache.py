@@ -89,7 +89,7 @@ def spell_size(size: int | Sequence[int]) -> str:
 
 def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
     """What a person wants to know of a cache, line by line."""
-    from featcache.report import format_seconds
+    from featcache.wording import format_seconds
 
     extractor, origin = cache.extractor, cache.provenance
     look = extractor["preprocessing"]

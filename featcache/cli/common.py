@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -31,6 +32,7 @@ from featcache.progress import Progress
 T = TypeVar("T")
 NOUNS = {"img": "images", "view": "images and views"}  # of the units that such a line is printed of
 LINE_SECONDS = 60.0  # between two lines of progress in a log
+UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -118,6 +120,21 @@ class Numbers(click.ParamType[Any]):
             return tuple(float(number) for number in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is no list of numbers: expected such as 0.5 or 0.485,0.456,0.406", param, ctx)
+
+
+class Duration(click.ParamType[Any]):
+    """Seconds: "90", "90s", "10m", "1.5h"."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Seconds."""
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"([\d.]+)\s*([a-z]*)", value.strip().lower())
+        if found is None or found[2] not in UNITS or found[1].count(".") > 1 or found[1] == ".":
+            self.fail(f"{value!r} is no time: expected such as 90s, 10m or 1.5h", param, ctx)
+        return float(found[1]) * UNITS[found[2]]
 
 
 layer_options = combine(
@@ -278,7 +295,7 @@ class Tally:
 
     def describe(self, total: int | None, noun: str = "images") -> str:
         """A line for a log."""
-        from featcache.report import format_seconds
+        from featcache.wording import format_seconds
 
         rate = self.done / max(time.monotonic() - self._started, 1e-9)
         n = self.cached + self.done

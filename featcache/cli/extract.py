@@ -73,8 +73,8 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
 
 def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:
     """`featcache extract --dry-run`."""
-    from featcache.report import format_seconds
     from featcache.stages.forecast import forecast_extraction
+    from featcache.wording import format_seconds
 
     plan, forecast = forecast_extraction(data, output, progress=TerminalProgress(), **settings)
     rows = {name: len(split) for name, split in plan.listing.splits.items()}

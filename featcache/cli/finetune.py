@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import click
 
 from featcache.cli import DONE, LEFT_OUT
 from featcache.cli.common import (
+    Duration,
     TerminalProgress,
     backbone_options,
     combine,
@@ -24,23 +24,6 @@ from featcache.cli.common import (
 )
 from featcache.cli.run_output import print_run
 from featcache.config import FINETUNE_CHOICES, RUNS_DIR, FinetuneConfig
-
-UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-
-
-class Duration(click.ParamType[Any]):
-    """Seconds: "90", "90s", "10m", "1.5h"."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Seconds."""
-        if not isinstance(value, str):
-            return value
-        found = re.fullmatch(r"([\d.]+)\s*([a-z]*)", value.strip().lower())
-        if found is None or found[2] not in UNITS or found[1].count(".") > 1 or found[1] == ".":
-            self.fail(f"{value!r} is no time: expected such as 90s, 10m or 1.5h", param, ctx)
-        return float(found[1]) * UNITS[found[2]]
 
 
 def choice(name: str, what: str, default: Any = "usual") -> Any:
@@ -119,6 +102,12 @@ run_options = combine(
 @run_options
 @machine_options
 @split_options()
+@option(
+    "--split-seed",
+    type=click.IntRange(min=0),
+    default=None,
+    help="Chooses the validation split; --seed then varies all else on the same images.  [default: --seed]",
+)
 @skip_bad_option
 @force_option
 @json_option

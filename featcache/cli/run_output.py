@@ -31,6 +31,9 @@ def print_run(run: Run, as_json: bool) -> None:
                 "test_accuracy": record.accuracy["test"]["accuracy"] if "test" in record.accuracy else None,
                 "seconds": own_seconds,
                 "seconds_by_stage": record.seconds,
+                "cpu_seconds_by_stage": record.cpu_seconds,
+                "energy_joules": record.energy_joules,
+                "result_bytes": record.result_bytes,
                 "selection": record.selection,
                 "notes": record.notes,
                 "measures": {name: values for name, values in record.accuracy.items() if name != "train"},
@@ -39,7 +42,7 @@ def print_run(run: Run, as_json: bool) -> None:
             }
         )
         return
-    from featcache.report import format_seconds
+    from featcache.wording import format_seconds
 
     click.echo(record.title)
     for name, what in (("val", "validation"), ("test", "test")):
@@ -89,7 +92,7 @@ def list_measures(record: RunRecord) -> list[str]:
 
 
 def _describe_more(record: RunRecord) -> str:
-    from featcache.report import format_seconds
+    from featcache.wording import format_seconds
 
     seconds = record.seconds
     after = f", after {format_seconds(seconds['extraction'])} of extraction" if "extraction" in seconds else ""

@@ -16,7 +16,6 @@ Knows arrays, no files and no images.
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -31,6 +30,7 @@ from featcache.heads.knn import NeighbourHead
 from featcache.heads.rows import Features, TrainingRows, check_labels, check_rows, weigh_images
 from featcache.heads.selection import Candidate, HeldOut, Selection
 from featcache.heads.threads import limit_threads
+from featcache.metering import Meter
 from featcache.progress import SILENT, Progress
 
 __all__ = [
@@ -111,12 +111,12 @@ def fit_head(
         unit_length=config.scaling == "l2",
     )
     check_rows(rows)
-    started = time.perf_counter()
+    meter = Meter()
     with limit_threads(1 if rows.size < FEW else None):
         fitted = load_solver(config.solver)(rows, config, validation, progress)
         if fitted.held_out is not None and (config.calibrate or config.solver == "ridge"):
             fitted = calibrate(fitted, rows)
-    return replace(fitted, seconds=time.perf_counter() - started)
+    return replace(fitted, spent=meter.read())
 
 
 def remake_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], shape: tuple[int, int]) -> Head:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featcache.heads.rows import to_float, to_unit_length
 from featcache.heads.selection import Selection
+from featcache.metering import Spent
 
 
 class Head(Protocol):
@@ -103,9 +104,9 @@ class FittedHead:
         That the logits were divided by, or None.
     held_out
         (N, C) logits of the training images, each by a fit that did not see it; None where nobody asked.
-    seconds
-        Wall time of all.
-    selection_seconds
+    spent
+        What all of it cost.
+    selecting
         Of which choosing.
     """
 
@@ -116,5 +117,5 @@ class FittedHead:
     evaluations: int = 0
     temperature: float | None = None
     held_out: NDArray[np.float64] | None = None
-    seconds: float = 0.0
-    selection_seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)
+    selecting: Spent = field(default_factory=Spent)

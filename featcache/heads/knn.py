@@ -11,7 +11,6 @@ CVPR 2018, for the weights.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from featcache.config import HeadConfig
 from featcache.heads.fitted import FittedHead
 from featcache.heads.rows import TrainingRows, to_float, to_unit_length
 from featcache.heads.selection import HeldOut, Scores, Selection, make_folds, pick_best, say_not_chosen, say_procedure
+from featcache.metering import Meter
 from featcache.progress import Progress
 
 NEIGHBOURS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
@@ -131,9 +131,9 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
     choices = [{"k": k, "temperature": t} for k in list_neighbours(config, bank) for t in list_temperatures(config)]
     wanted = config.calibrate or (len(choices) > 1 and validation is None)
     folds = make_folds(rows.labels, config.folds, config.seed) if wanted else None
-    started = time.perf_counter()
+    meter = Meter()
     selection = choose(bank, choices, folds, config, validation, progress)
-    selected = time.perf_counter()
+    selecting = meter.read()
     k, temperature = int(selection.choice["k"]), selection.choice["temperature"]
     held_out = None
     if config.calibrate and folds is not None:
@@ -148,7 +148,7 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
         k=k,
         temperature=temperature,
     )
-    return FittedHead(head=head, selection=selection, held_out=held_out, selection_seconds=selected - started)
+    return FittedHead(head=head, selection=selection, held_out=held_out, selecting=selecting)
 
 
 class Bank:

@@ -9,7 +9,6 @@ with a single weight vector and the logistic loss where there are two classes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +33,7 @@ from featcache.heads.selection import (
     say_not_chosen,
     say_procedure,
 )
+from featcache.metering import Meter
 from featcache.progress import Progress
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -97,9 +97,9 @@ def fit_logistic(
     problem = make_problem(rows, config, device)
     wanted = config.calibrate or (config.C is None and validation is None)
     folds = make_folds(rows.labels, config.folds, config.seed) if wanted else None
-    started = time.perf_counter()
+    meter = Meter()
     selection = choose_c(problem, config, folds, validation, progress)
-    selected = time.perf_counter()
+    selecting = meter.read()
     strength = selection.choice["C"]
     solution = solve(problem.features, problem.labels, C=strength, weights=problem.weights)
     head = make_head(solution.coefficients, solution.intercept, problem.coordinates, unit_length=rows.unit_length)
@@ -113,7 +113,7 @@ def fit_logistic(
         evaluations=solution.evaluations,
         gradient=solution.gradient,
         held_out=held_out,
-        selection_seconds=selected - started,
+        selecting=selecting,
     )
 
 

@@ -12,7 +12,6 @@ leave-one-out error of one decomposition.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +34,7 @@ from featcache.heads.selection import (
     say_not_chosen,
     say_procedure,
 )
+from featcache.metering import Meter
 from featcache.progress import SILENT, Progress
 
 GRID = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -49,10 +49,10 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
     statistics = RidgeStatistics.collect(rows)
     decomposition = decompose(statistics, config.scaling)
     grid = [config.C] if config.C is not None else sorted(config.grid or GRID)
-    started = time.perf_counter()
+    meter = Meter()
     alone = len(rows) == rows.n_classes  # without its image nothing is known of a class
     candidates, held_out = leave_one_out(rows, decomposition, grid, progress)
-    selected = time.perf_counter()
+    selecting = meter.read()
     if config.C is not None:
         selection = Selection(choice={"C": config.C}, procedure="given", criterion=SQUARED_ERROR)
     elif validation is not None:
@@ -69,7 +69,7 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
         head=decomposition.make_head(strength, unit_length=rows.unit_length),
         selection=selection,
         held_out=None if alone else held_out[grid.index(strength)],
-        selection_seconds=selected - started,
+        selecting=selecting,
     )
 
 

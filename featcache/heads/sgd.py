@@ -11,7 +11,6 @@ Computation 10 (1998), for steps in coordinates in which the curvature is about 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +38,7 @@ from featcache.heads.selection import (
 )
 from featcache.heads.shuffling import ShuffledRows
 from featcache.heads.threads import limit_threads
+from featcache.metering import Meter
 from featcache.progress import Progress
 
 WARM_UP = 0.1  # share of all steps in which the learning rate rises
@@ -51,9 +51,9 @@ SMALL_STEPS = 1000  # fewer are too few for the last digits: few rows get more e
 def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, progress: Progress) -> FittedHead:
     """Choose C, unless it is given, and fit with it."""
     space = decompose(RidgeStatistics.collect(rows), config.scaling)
-    started = time.perf_counter()
+    meter = Meter()
     selection = choose_c(rows, space, config, validation, progress)
-    selected = time.perf_counter()
+    selecting = meter.read()
     strength = [selection.choice["C"]]
     everyone = np.ones((1, len(rows)), np.bool_)
     descent = Descent(rows, space, everyone, strength, config, epochs=config.epochs)
@@ -68,7 +68,7 @@ def fit(rows: TrainingRows, config: HeadConfig, validation: HeldOut | None, prog
         converged=None,
         evaluations=descent.n_steps,
         held_out=held_out,
-        selection_seconds=selected - started,
+        selecting=selecting,
     )
 
 

@@ -1,61 +1,70 @@
-"""Both ways side by side: run what is missing, reuse what exists, and say what the evidence allows."""
+"""Both ways, and others, side by side: run what is missing, reuse what exists, say what the evidence allows."""
 
 from __future__ import annotations
 
+import math
+import shlex
+import shutil
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from featcache import files
-from featcache.backbones import check_trainable
-from featcache.cache import check_complete, open_cache
-from featcache.config import RUNS_DIR, VIEWS, CompareConfig, ExtractConfig, FinetuneConfig, is_imported
+from featcache.config import RUNS_DIR, CompareConfig, name_option
 from featcache.dataset import describe_data
-from featcache.errors import BadImage, CacheError, OutputError, RunError
-from featcache.metrics import confusion_matrix
-from featcache.plots import draw_accuracy_against_time, draw_arm_curves, draw_confusions, save_figure
-from featcache.progress import SILENT, Progress
-from featcache.report import (
-    Arm,
-    compare_pairs,
-    describe_arm,
-    format_markdown,
-    format_table,
-    state_verdict,
-    tabulate,
-)
-from featcache.runs import is_run, read_history, read_predictions, read_record
+from featcache.errors import BadImage, OutputError, RunError, SettingsError
+from featcache.progress import SILENT, Once, Progress
+from featcache.report import Arm, SeedRun, format_table, summarise, tabulate
+from featcache.runs import Predictions, RunRecord, is_run, read_predictions, read_record
 from featcache.stages.extract import Extraction, extract_features
 from featcache.stages.finetune import finetune
-from featcache.stages.train_head import train_head
-
-REPORT = "compare.md"
-FIGURES = (
-    ("accuracy against time", "accuracy_vs_time.png"),
-    ("validation accuracy by epoch", "curves.png"),
-    ("confusion matrices", "confusions.png"),
+from featcache.stages.plan_comparison import (
+    CUT,
+    REPORT_SECONDS,
+    ArmPlan,
+    ComparisonPlan,
+    Source,
+    adopt_existing,
+    estimate_curve,
+    find_run,
+    finetune_settings,
+    head_settings,
+    is_curve_wanted,
+    make_plan,
+    read_checkpoint,
+    say_time,
 )
+from featcache.stages.train_head import train_head
+from featcache.stages.write_comparison import Material, find_remarks, write_comparison
+
+PREDICTIONS = {"val": "predictions.csv", "test": "predictions_test.csv"}
+LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
+LEAST_SECONDS = 5.0  # that a fine-tuning can be given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Arms side by side.
+    """Ways side by side.
 
     Attributes
     ----------
     arms
         The numbers of each (see docs/json.md).
     pairs
-        The exact McNemar test of every two arms.
+        What sets every two of them apart: difference, interval, tests.
     verdict
-        What the evidence allows to say, in a sentence.
+        What the evidence allows to say, in one plain sentence.
     table
-        The same numbers as text.
+        The numbers as text.
     report
-        The Markdown page.
+        The page, report.html; compare.json and compare.md lie beside it.
+    summary
+        All that is in compare.json.
     left_out
         Files of the data set that could not be used as images and were left out.
     """
@@ -65,7 +74,12 @@ class Comparison:
     verdict: str
     table: str
     report: Path
+    summary: dict[str, Any]
     left_out: tuple[BadImage, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        return self.report.read_text(encoding="utf-8")
 
 
 def compare(
@@ -73,21 +87,25 @@ def compare(
     output: Path | str = f"{RUNS_DIR}/compare",
     *,
     progress: Progress = SILENT,
+    age: float = 0.0,
     **settings: Any,
 ) -> Comparison:
-    """Compare the two ways on a folder of images.
+    """Compare ways to a classifier on a folder of images: heads on cached features, and fine-tuning.
 
-    The cache and the two runs are used where they exist, belong to these images and do not contradict a stated setting;
-    what is missing is made, with the backbone of what exists.
+    Caches and runs are used where they exist, belong to these images and do not contradict a stated setting; what is
+    missing is made, with the backbone of what exists. After whatever stops it, the same call goes on.
 
     Parameters
     ----------
     data
-        DATA/{train,val[,test]}/<class>/* or DATA/<class>/*.
+        DATA/{train,val[,test]}/<class>/* or DATA/<class>/*. What is reported is the test split where there is one, else
+        the validation split; neither has a say in what is chosen.
     output
         Folder of the report.
     progress
-        Told what is being done.
+        Told what is being done; first the plan.
+    age
+        Seconds that went by before this call and count for the budget.
     settings
         Fields of `featcache.config.CompareConfig`.
 
@@ -97,36 +115,59 @@ def compare(
 
     Raises
     ------
+    SettingsError
+        If a budget is too small for the extraction.
     FeatcacheError
         Whatever `extract_features`, `train_head`, `finetune` and `compare_runs` raise.
     """
-    config, output = CompareConfig(**settings), Path(output)
+    started, output, progress = time.perf_counter() - age, Path(output), Once(progress)
+    stated = CompareConfig(**settings)
     check_replaceable(output)
-    config = adopt_existing(config, progress)
-    check_trainable(config.backbone or ExtractConfig.backbone)
-    extraction = extract_features(
-        data,
-        config.features,
-        progress=progress,
-        **config.stated("backbone", "weights", "val_fraction", "seed", "store", "workers"),
-        **list_optional(config),
-        device=config.device,
-        skip_bad=config.skip_bad,
-        force=config.force,
+    config = adopt_existing(stated, progress)
+    clock = Clock(started, config.budget)
+    plan = make_plan(data, output, config, progress)
+    if any(step.state != "reuse" for step in plan.steps if step.what != "report"):
+        for line in plan.list_lines():
+            progress.say(line)
+    check_budget(plan, clock)
+    extractions = extract_all(data, plan, progress)
+    groups = run_all(data, plan, extractions, config, clock, progress)
+    arms = load_arms(groups, [group.name for group in groups])
+    first = extractions[plan.arms[0].source.path]
+    curve = estimate_curve(first.cache.listing, first.cache.dim)
+    material = Material(
+        features=first.path,
+        curve=is_curve_wanted(config, curve) and clock.suffices(curve),
+        map=config.map,
+        command=say_command(data, output, stated),
+        remarks=say_left_out(groups, plan),
     )
-    runs = [provide_head(extraction, config, progress), provide_finetune(data, extraction, config, progress)]
-    return replace(compare_runs(runs, output), left_out=extraction.bad)
+    bad = tuple(dict.fromkeys(one for extraction in extractions.values() for one in extraction.bad))
+    return replace(finish(arms, output, material, progress), left_out=bad)
 
 
-def compare_runs(runs: Sequence[Path | str], output: Path | str = f"{RUNS_DIR}/compare") -> Comparison:
+def compare_runs(
+    runs: Sequence[Path | str],
+    output: Path | str = f"{RUNS_DIR}/compare",
+    *,
+    features: Path | str | None = None,
+    map: str | None = None,  # noqa: A002 - as the option is called
+    progress: Progress = SILENT,
+) -> Comparison:
     """Compare finished runs.
 
     Parameters
     ----------
     runs
-        Run folders, the first two of which the verdict is about.
+        Run folders. Those that differ in their seed alone are one arm.
     output
-        Folder of the report: compare.json, compare.md and figures.
+        Folder of the report: report.html, compare.json, compare.md and figures.
+    features
+        A cache of the same images, for the report's map and learning curve; another one is not used.
+    map
+        What else than PCA draws that map: "tsne" or "umap".
+    progress
+        Told what is being done.
 
     Returns
     -------
@@ -139,128 +180,323 @@ def compare_runs(runs: Sequence[Path | str], output: Path | str = f"{RUNS_DIR}/c
     OutputError
         If the output cannot be written, or something else lies there.
     """
-    output = Path(output)
+    config = CompareConfig(map=map)
+    output, folders = Path(output), [Path(run) for run in runs]
     check_replaceable(output)
-    arms = load_arms([Path(run) for run in runs])
-    numbers = [describe_arm(arm) for arm in arms]
-    pairs = compare_pairs(arms)
-    verdict = state_verdict(numbers, pairs)
-    rows = tabulate(numbers)
-    with files.fill_folder(output) as folder:
-        draw_comparison(folder, arms, numbers)
-        (folder / REPORT).write_text(format_markdown(rows, verdict, numbers, FIGURES), encoding="utf-8")
-        summary = {"schema": 1, "verdict": verdict, "arms": numbers, "pairs": pairs, "report": REPORT}
-        (folder / "compare.json").write_text(files.pretty_json(summary), encoding="utf-8")
-    return Comparison(arms=numbers, pairs=pairs, verdict=verdict, table=format_table(rows), report=output / REPORT)
+    groups = group_runs(folders)
+    arms = load_arms(groups, name_arms([group.runs[0] for group in groups]))
+    command = shlex.join(["featcache", "compare", *[str(folder) for folder in folders], "-o", str(output)])
+    usable = None if features is None or not Path(features).is_file() else Path(features)
+    material = Material(features=usable, curve=False, map=config.map, command=command)
+    return finish(arms, output, material, progress)
 
 
-def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
-    """Take what was not stated about the extraction from the cache that lies there, else from the fine-tuning run."""
-    names = ("backbone", "weights", "val_fraction", "seed", "store")
-    finetune_run = Path(config.runs) / "finetune"
-    found: Mapping[str, Any] = {}
-    if Path(config.features).is_file():
-        cache = open_cache(config.features)
-        check_complete(cache, config.features)
-        if is_imported(cache.extractor["backbone"]) and not config.force:
-            raise CacheError(
-                f"{config.features} holds imported features, which no network here can make again: compare finished "
-                f"runs (`featcache compare {config.runs}/head {config.runs}/finetune`), or extract others with "
-                f"--features OTHER.h5"
+def finish(arms: Sequence[Arm], output: Path, material: Material, progress: Progress) -> Comparison:
+    """Sum up, write the report, and give both."""
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    remarks = [*material.remarks, *find_remarks(arms)]
+    summary = summarise(arms, remarks=remarks, command=material.command, created=created)
+    report = write_comparison(output, arms, summary, material, progress)
+    return Comparison(
+        arms=summary["arms"],
+        pairs=summary["pairs"],
+        verdict=summary["verdict"],
+        table=format_table(tabulate(summary)),
+        report=report,
+        summary=summary,
+    )
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What is left of a budget.
+
+    Attributes
+    ----------
+    started
+        On the clock of `time.perf_counter`.
+    limit
+        Seconds that all may take; None if there is no budget.
+    """
+
+    started: float
+    limit: float | None
+
+    def find_left(self) -> float | None:
+        """Seconds until the report must be begun; None without a budget."""
+        return None if self.limit is None else self.limit - (time.perf_counter() - self.started) - REPORT_SECONDS
+
+    def suffices(self, seconds: float) -> bool:
+        """Whether there is so much time left."""
+        left = self.find_left()
+        return left is None or seconds < left
+
+
+def check_budget(plan: ComparisonPlan, clock: Clock) -> None:
+    """Raise a SettingsError if what cannot be cut short takes longer than there is time."""
+    left = clock.find_left()
+    if left is None:
+        return
+    needed = plan.find_seconds("extraction") + sum(
+        step.seconds or 0.0 for step in plan.steps if step.what == "head" and not step.number
+    )
+    trainings = sum(step.state != "reuse" for step in plan.steps if step.what == "finetune" and not step.number)
+    if (needed := needed + LEAST_SECONDS * trainings) > left:
+        raise SettingsError(
+            f"--budget is {plan.budget:g} s: expected {needed + REPORT_SECONDS:.0f} s or more, which extraction, "
+            f"heads, the first steps and the report take; `featcache extract` alone goes on where it was stopped"
+        )
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs of one arm, one a seed."""
+
+    name: str
+    runs: list[Path]
+
+
+def extract_all(data: Path | str, plan: ComparisonPlan, progress: Progress) -> dict[Path, Extraction]:
+    """The features that the arms learn from, by their file; views are added to rows that are there."""
+    extractions: dict[Path, Extraction] = {}
+    sources: dict[Path, Source] = {arm.source.path: arm.source for arm in plan.arms}
+    for path, source in sorted(sources.items(), key=lambda item: "views" in item[1].settings):
+        settings = dict(source.settings)
+        if "views" in settings and extractions:
+            wanted = settings.get("backbone")
+            settings["reuse"] = tuple(
+                str(done) for done in extractions if sources[done].settings.get("backbone") == wanted and done != path
             )
-        source, found = config.features, cache.provenance["settings"]
-    elif is_run(finetune_run):
-        source, found = str(finetune_run), read_record(finetune_run).settings
-    if not found:
-        return config
-    adopted = {name: found[name] for name in names if name in found and getattr(config, name) is None}
-    if adopted.get("backbone"):
-        progress.say(f"backbone {adopted['backbone']}, as in {source}")
-    return replace(config, **adopted)
+        extractions[path] = extract_features(data, path, progress=progress, **settings)
+    return extractions
 
 
-def list_optional(config: CompareConfig) -> dict[str, Any]:
-    """Layers and image format of the cache that lies there, if it is of the backbone that is compared."""
-    if not Path(config.features).is_file():
-        return {}
-    found = open_cache(config.features).provenance["settings"]
-    if found.get("backbone") != config.backbone:
-        return {}
+def run_all(
+    data: Path | str,
+    plan: ComparisonPlan,
+    extractions: Mapping[Path, Extraction],
+    config: CompareConfig,
+    clock: Clock,
+    progress: Progress,
+) -> list[Group]:
+    """Every arm with every seed: first one seed of each, heads before networks, so that a budget leaves no arm out."""
+    groups = {arm.name: Group(name=arm.name, runs=[]) for arm in plan.arms}
+    order = sorted(plan.arms, key=lambda arm: arm.kind != "head")
+    for number in range(plan.seeds):
+        for i, arm in enumerate(order):
+            extraction, runs = extractions[arm.source.path], groups[arm.name].runs
+            if arm.kind == "head":
+                runs.append(provide_head(arm, number, extraction, config, progress))
+                continue
+            share = 1 if number else sum(other.kind == "finetune" for other in order[i:])
+            allowance = Allowance.of(clock, share, find_needed(runs[0]) if number else None)
+            run = provide_finetune(data, arm, number, extraction, config, allowance, progress)
+            if run is not None:
+                runs.append(run)
+    return [groups[arm.name] for arm in plan.arms if groups[arm.name].runs]
+
+
+def say_left_out(groups: Sequence[Group], plan: ComparisonPlan) -> tuple[str, ...]:
+    """Remarks about seeds for which the budget did not suffice."""
+    budget = say_time(plan.budget or 0.0)
+    return tuple(
+        f"The budget of {budget} sufficed for {len(group.runs)} of {plan.seeds} seeds of {group.name}."
+        for group in groups
+        if len(group.runs) < plan.seeds
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """How long a fine-tuning may take, None without a budget, and whether that is enough for a whole further seed."""
+
+    seconds: float | None
+    suffices: bool
+
+    @classmethod
+    def of(cls, clock: Clock, share: int, needed: float | None) -> Allowance:
+        """One part in `share` of what is left; `needed` is what another seed took."""
+        left = clock.find_left()
+        if left is None:
+            return cls(seconds=None, suffices=True)
+        return cls(seconds=left / share, suffices=needed is None or needed < left / share)
+
+
+def find_needed(first: Path) -> float:
+    """Seconds that another seed takes, from the first one's run; no time suffices where that was cut short itself."""
+    record = read_record(first)
+    if "time_budget" in record.settings:
+        return math.inf
+    return float(record.seconds["total"] - record.seconds.get("extraction", 0.0))
+
+
+def provide_head(arm: ArmPlan, number: int, extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
+    """A head's run: the one that lies there if it fits, else a new one."""
+    data, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
+    found = find_run(arm, number, config, data, extractor)
+    if found is not None:
+        progress.say(f"{arm.name}: {found} is reused")
+        return found
+    folder = arm.name_folder(Path(config.runs), number)
+    progress.say(f"{folder.name}: training on the cached features")
+    settings = head_settings(arm, number, config)
+    return train_head(extraction.path, folder, progress=progress, **settings).folder
+
+
+def provide_finetune(
+    data: Path | str,
+    arm: ArmPlan,
+    number: int,
+    extraction: Extraction,
+    config: CompareConfig,
+    allowance: Allowance,
+    progress: Progress,
+) -> Path | None:
+    """A fine-tuning run: the one that lies there if it fits, else a new one; None if there is no time for it.
+
+    One that a budget has cut short lies beside the place of the whole one, and counts only where there is a budget.
+    """
+    described, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
+    found = find_run(arm, number, config, described, extractor)
+    if found is not None:
+        progress.say(f"{arm.name}: {found} is reused")
+        return found
+    folder = arm.name_folder(Path(config.runs), number)
+    cut = folder.with_name(folder.name + CUT)
+    if allowance.seconds is not None and is_run(cut) and not number:
+        before = read_record(cut).settings.get("time_budget", 0.0)
+        if is_same_but_cut(arm, cut, config, described, extractor) and before >= LEAST_SHARE * allowance.seconds:
+            progress.say(f"{arm.name}: {cut} is reused")
+            return cut
+    if not allowance.suffices:
+        return None
+    progress.say(f"{folder.name}: fine-tuning")
+    settings = finetune_settings(arm, number, config) | {"features": str(extraction.path)}
+    if allowance.seconds is not None:
+        check_cut(cut)
+        settings["time_budget"] = max(allowance.seconds, LEAST_SECONDS) + find_spent(folder)
+    run = finetune(data, folder, progress=progress, **settings)
+    if allowance.seconds is None or "time_budget" not in run.record.settings:
+        return run.folder
+    return set_aside(run.folder, cut) if not number else set_aside(run.folder, None)
+
+
+def set_aside(folder: Path, cut: Path | None) -> Path | None:
+    """Move a run that was cut short out of the place of the whole one; without a place for it, it goes."""
+    if cut is None:
+        shutil.rmtree(folder)
+        return None
+    if cut.exists():
+        shutil.rmtree(cut)
+    folder.rename(cut)
+    return cut
+
+
+def check_cut(cut: Path) -> None:
+    """Raise an OutputError if what lies in the place of a run that is cut short is none."""
+    if cut.exists() and not (is_run(cut) and "time_budget" in read_record(cut).settings):
+        raise OutputError(
+            f"{cut} is there and is no fine-tune that a budget has cut short; move it, or set other --runs"
+        )
+
+
+def is_same_but_cut(
+    arm: ArmPlan, cut: Path, config: CompareConfig, data: Mapping[str, Any], extractor: Mapping[str, Any]
+) -> bool:
+    """Whether a run that was cut short is of these images, weights and settings."""
+    other = replace(arm, name=f"{arm.name}{CUT}")
+    return find_run(other, 0, config, data, extractor) == cut
+
+
+def find_spent(folder: Path) -> float:
+    """Seconds that an interrupted run has spent already; they count for its own budget, and not for this one."""
+    found = read_checkpoint(folder)
+    return 0.0 if found is None else float(found["more"]["seconds"])
+
+
+# --- what was done ----------------------------------------------------------------------------------------------------
+
+
+def group_runs(runs: Sequence[Path]) -> list[Group]:
+    """Runs that differ in their seed alone are one arm, in the order of their first one."""
+    groups: list[tuple[Any, set[int], Group]] = []
+    for run in runs:
+        record = read_record(run)
+        identity, seed = describe_way(record), int(record.settings.get("seed", 0))
+        for known, seeds, group in groups:
+            if known == identity and seed not in seeds:
+                seeds.add(seed)
+                group.runs.append(run)
+                break
+        else:
+            groups.append((identity, {seed}, Group(name="", runs=[run])))
+    return [group for _, _, group in groups]
+
+
+def describe_way(record: RunRecord) -> dict[str, Any]:
+    """What makes two runs the same way: all but the seed."""
+    settings = {name: value for name, value in record.settings.items() if name not in ("seed", "split_seed")}
     return {
-        name: tuple(found[name]) if isinstance(found[name], list) else found[name]
-        for name in ExtractConfig.OPTIONAL
-        if name in found and name not in VIEWS  # those that are not stated are kept
+        "kind": record.kind,
+        "settings": settings,
+        "weights": record.extractor["weights"]["tensors_sha256"],
+        "layer": record.extractor["layer"],
+        "images": record.data["fingerprints"],
     }
 
 
-def provide_head(extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
-    """The head's run: the one that lies there if it fits, else a new one."""
-    folder = Path(config.runs) / "head"
-    wanted = config.stated("solver", "C")
-    if is_run(folder) and _fits(folder, "head", extraction, wanted):
-        progress.say(f"head: {folder} is reused")
-        return folder
-    progress.say("head: training on the cached features")
-    return train_head(extraction.path, folder, progress=progress, **wanted, **config.stated("seed")).folder
-
-
-def provide_finetune(data: Path | str, extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
-    """The fine-tuning run: the one that lies there if it fits, else a new one."""
-    folder = Path(config.runs) / "finetune"
-    images = {name: value for name, value in list_optional(config).items() if name in FinetuneConfig.IMAGES}
-    wanted = {**config.stated("epochs", "batch_size", "lr", "seed"), **images}
-    if is_run(folder) and _fits(folder, "finetune", extraction, wanted):
-        progress.say(f"finetune: {folder} is reused")
-        return folder
-    return finetune(
-        data,
-        folder,
-        progress=progress,
-        **wanted,
-        **config.stated("backbone", "weights", "val_fraction", "workers"),
-        device=config.device,
-        skip_bad=config.skip_bad,
-        force=config.force,
-    ).folder
-
-
-def load_arms(runs: Sequence[Path]) -> list[Arm]:
-    """Runs with their predictions, all on the same validation images in the same order.
+def load_arms(groups: Sequence[Group], names: Sequence[str]) -> list[Arm]:
+    """Runs with their predictions, all on the same images in the same order.
 
     Raises
     ------
     RunError
         If they are not on the same images.
     """
-    arms = []
-    for path, name in zip(runs, name_arms(runs), strict=True):
-        record = read_record(path)
-        predictions = read_predictions(path / "predictions.csv", record.classes)
-        order = np.argsort(np.array(predictions.paths))
-        arms.append(
-            Arm(
-                name=name,
-                run=str(path),
-                record=record,
-                predictions=replace(
-                    predictions,
-                    paths=tuple(predictions.paths[i] for i in order),
-                    labels=predictions.labels[order],
-                    predicted=predictions.predicted[order],
-                    probabilities=predictions.probabilities[order],
-                ),
-            )
-        )
-    first = arms[0]
-    for arm in arms[1:]:
-        same_images = arm.record.data["fingerprints"]["val"] == first.record.data["fingerprints"]["val"]
-        if not same_images or arm.predictions.paths != first.predictions.paths:
-            raise RunError(
-                f"{arm.run} and {first.run} were not validated on the same images under the same names "
-                f"({len(arm.predictions.paths)} and {len(first.predictions.paths)} images); compare runs of one data "
-                f"set and one split"
-            )
+    arms = [
+        Arm(name=name, runs=tuple(load_run(run) for run in group.runs))
+        for group, name in zip(groups, names, strict=True)
+    ]
+    first = arms[0].runs[0]
+    for run in (run for arm in arms for run in arm.runs):
+        for split in ("val", "test"):
+            mine, theirs = (one.record.data["fingerprints"].get(split) for one in (run, first))
+            here, there = (one.predictions.get(split) for one in (run, first))
+            if mine != theirs or (here and there and here.paths != there.paths):
+                n = [len(one.paths) if one else 0 for one in (here, there)]
+                raise RunError(
+                    f"{run.run} and {first.run} were not validated on the same images under the same names "
+                    f"({n[0]} and {n[1]} {split} images); compare runs of one data set and one split"
+                )
     return arms
+
+
+def load_run(folder: Path) -> SeedRun:
+    """A run with its predictions, sorted by path."""
+    record = read_record(folder)
+    found = {
+        split: sort_by_path(read_predictions(folder / name, record.classes))
+        for split, name in PREDICTIONS.items()
+        if split == "val" or (folder / name).is_file()
+    }
+    return SeedRun(run=str(folder), record=record, predictions=found)
+
+
+def sort_by_path(predictions: Predictions) -> Predictions:
+    """The same in the order of the paths."""
+    order: NDArray[np.intp] = np.argsort(np.array(predictions.paths))
+    return Predictions(
+        paths=tuple(predictions.paths[i] for i in order),
+        labels=predictions.labels[order],
+        predicted=predictions.predicted[order],
+        probabilities=predictions.probabilities[order],
+    )
 
 
 def name_arms(runs: Sequence[Path]) -> list[str]:
@@ -277,23 +513,6 @@ def name_arms(runs: Sequence[Path]) -> list[str]:
     return [f"{path} ({i})" for i, path in enumerate(runs, 1)]  # a run given twice
 
 
-def draw_comparison(folder: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]]) -> None:
-    """Write the figures."""
-    histories = {arm.name: read_history(Path(arm.run) / "history.csv") for arm in arms if arm.record.kind == "finetune"}
-    lines = {arm.name: arm.record.val_accuracy for arm in arms if arm.record.kind != "finetune"}
-    matrices = {
-        arm.name: confusion_matrix(arm.predictions.labels, arm.predictions.predicted, len(arm.record.classes))
-        for arm in arms
-    }
-    drawings = (
-        draw_accuracy_against_time(numbers),
-        draw_arm_curves(histories, lines),
-        draw_confusions(matrices, arms[0].record.classes),
-    )
-    for figure, (_, file) in zip(drawings, FIGURES, strict=True):
-        save_figure(figure, folder / file)
-
-
 def check_replaceable(output: Path) -> None:
     """Raise an OutputError if something lies at `output` that is neither a comparison nor an empty folder."""
     if not output.exists() or (output / "compare.json").is_file():
@@ -302,17 +521,20 @@ def check_replaceable(output: Path) -> None:
         raise OutputError(f"{output} is there and is not a comparison; choose another place with -o")
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _fits(folder: Path, kind: str, extraction: Extraction, wanted: Mapping[str, Any]) -> bool:
-    """Whether a run is of this kind, of these images and weights, and contradicts nothing that was stated."""
-    record, cache = read_record(folder), extraction.cache
-    return (
-        record.kind == kind
-        and record.data["fingerprints"] == describe_data(cache.listing)["fingerprints"]
-        and record.extractor["weights"]["tensors_sha256"] == cache.extractor["weights"]["tensors_sha256"]
-        and all(record.settings.get(name) == plain(value) for name, value in wanted.items())
-    )
+def say_command(data: Path | str, output: Path, config: CompareConfig) -> str:
+    """The command line that makes a comparison again."""
+    words = ["featcache", "compare", str(data)]
+    usual = CompareConfig()
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if value == getattr(usual, one.name):
+            continue
+        option = {"arms": "--arm", "C": "-C"}.get(one.name, name_option(one.name))
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{one.name}")
+            continue
+        for each in value if isinstance(value, tuple | list) else (value,):
+            words += [option, f"{each:g}" if isinstance(each, float) else str(each)]
+    if str(output) != f"{RUNS_DIR}/compare":
+        words += ["-o", str(output)]
+    return shlex.join(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,10 @@ from featcache.dataset import (
     list_changed,
 )
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
+from featcache.metering import Meter, PeakMemory, Spent, add_up
 from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
-from featcache.runs import PeakMemory, describe_environment
+from featcache.runs import describe_environment
 from featcache.stages.plan import Computed, Plan, Row, plan_extraction, remember_extractor, say_kept, take_backbone
 from featcache.views import NO_VIEWS, Views
 
@@ -127,13 +127,13 @@ def extract_features(
     >>> extraction.cache.splits["train"].features.shape                    # doctest: +SKIP
     (244, 512)
     """
-    started, memory = time.perf_counter(), PeakMemory()
+    meter, memory = Meter(), PeakMemory()
     settings, given = take_backbone(settings)
     config, output = ExtractConfig(**settings), files.follow_link(Path(output))
     try:
         files.check_writable(output)
     except OutputError:
-        if output.is_file() and (finished := _find_finished(data, output, config, progress, started, given)):
+        if output.is_file() and (finished := _find_finished(data, output, config, progress, meter, given)):
             return finished
         raise
     check_parts(output)
@@ -143,27 +143,27 @@ def extract_features(
         plan = plan_extraction(data, output, config, progress, keep=True, given=given)
         if plan.missing:
             plan = _equip(plan, config, progress)
-        extraction = _carry_out(plan, config, progress, started, memory)
+        extraction = _carry_out(plan, config, progress, meter, memory)
         remember_extractor(plan, config, start)
         return extraction
 
 
 def _find_finished(
-    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, started: float, given: Backbone | None
+    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, meter: Meter, given: Backbone | None
 ) -> Extraction | None:
     """The cache in a place that cannot be written, if there is nothing to write."""
     plan = plan_extraction(data, output, config, progress, given=given)
     if plan.missing or config.rehash or not _is_up_to_date(plan, plan.listing, config):
         return None
-    return _finish(plan, 0, (), started)
+    return _finish(plan, 0, (), meter)
 
 
-def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: float, memory: PeakMemory) -> Extraction:
+def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, meter: Meter, memory: PeakMemory) -> Extraction:
     """Compute what is missing and put everything into the file."""
     _say_plan(plan, config, progress)
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
-        return _finish(plan, 0, (), started)
+        return _finish(plan, 0, (), meter)
     with open_sources(plan.sources, STORED_TYPES[config.store], plan.views) as (sources, damaged):
         for path, split, start, stop in damaged:
             progress.say(
@@ -182,7 +182,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
         n_computed = sum(row.image in kept for row in missing)
         if n_computed or damaged or not _is_up_to_date(plan, listing, config):
             table = _make_table(plan, sources, [*plan.parts, *computed.parts])
-            provenance = _describe_origin(plan, listing, config, memory, time.perf_counter() - started, computed)
+            provenance = _describe_origin(plan, listing, config, memory, meter, computed)
             write_cache(plan.output, _gather(plan, listing, table, provenance))
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} files stay in {parts_path(plan.output)}: of another extractor, or not featcache's")
@@ -190,7 +190,7 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, started: f
         progress.say(f"{gone} old rows dropped from {plan.output}: their images have changed or are gone")
     if missing and (changed := list_changed(listing)):
         progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
-    return _finish(plan, n_computed, tuple(bad), started)
+    return _finish(plan, n_computed, tuple(bad), meter)
 
 
 def _equip(plan: Plan, config: ExtractConfig, progress: Progress) -> Plan:
@@ -252,16 +252,15 @@ def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str,
 
 
 def _describe_origin(
-    plan: Plan, listing: Listing, config: ExtractConfig, memory: PeakMemory, seconds: float, computed: Computed
+    plan: Plan, listing: Listing, config: ExtractConfig, memory: PeakMemory, meter: Meter, computed: Computed
 ) -> dict[str, Any]:
     """The provenance of the new file: what all of its rows cost, whenever they were computed."""
     earlier = [open_cache(path).provenance for path in plan.sources]
+    costs = [*(part.spent for part in plan.parts), *map(Spent.from_json, earlier)]
     provenance = {
         "data": str(listing.root.resolve()),
         "settings": plan.list_settings(config),
-        "seconds": sum(part.seconds for part in plan.parts)
-        + sum(float(origin["seconds"]) for origin in earlier)
-        + (seconds if computed.runtime else 0.0),
+        **add_up([*costs, meter.read()] if computed.runtime else costs).to_json(),
         "peak_memory_bytes": memory.read(),
         "device": str(plan.device),
         "runtime": computed.runtime,
@@ -303,13 +302,13 @@ def _is_same_split(one: Split, other: Split) -> bool:
     return one.paths == other.paths and one.digests == other.digests and bool(np.array_equal(one.labels, other.labels))
 
 
-def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], started: float) -> Extraction:
+def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], meter: Meter) -> Extraction:
     return Extraction(
         path=plan.output,
         cache=open_cache(plan.output),
         computed=computed,
         bad=bad,
-        seconds=time.perf_counter() - started,
+        seconds=meter.seconds,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from featcache.dataset import Split, check_root, describe_data
 from featcache.errors import BadImagesError, OutputError, TrainingError
 from featcache.extras import import_extra
 from featcache.images import ImageRows, make_evaluation_transform
+from featcache.metering import Meter, PeakMemory
 from featcache.metrics import to_probabilities
 from featcache.preprocessing import InputFormat
 from featcache.processes import Processes, choose_local_device, join_processes
 from featcache.progress import SILENT, Progress
 from featcache.runs import (
-    PeakMemory,
     Predictions,
     decide_run,
     identify,
@@ -58,7 +57,8 @@ from featcache.stages.training_job import (
     take_up,
 )
 from featcache.stages.training_record import (
-    count_seconds,
+    count_operations,
+    describe_costs,
     describe_epoch,
     describe_recipe,
     describe_run,
@@ -123,7 +123,7 @@ def finetune(
     >>> finetune("photos", epochs=2).record.val_accuracy                   # doctest: +SKIP
     0.8823529411764706
     """
-    started, memory = time.perf_counter(), PeakMemory()
+    meter, memory = Meter(), PeakMemory()
     settings, given = take_backbone(settings)
     config, output = FinetuneConfig(**settings), files.follow_link(Path(output))
     check_trainable(config.backbone)
@@ -144,7 +144,7 @@ def finetune(
         job = prepare_job(data, output, config, given, device, processes, progress if processes.is_first else SILENT)
         if isinstance(job, Run):
             return job
-        job.started, job.age = started, age
+        job.meter, job.age = meter, age
         with explaining_failures(config):
             return do_job(job, memory)
 
@@ -189,7 +189,8 @@ def prepare_job(
         identity=identity,
         checkpoints=Checkpoints(name_checkpoint(output), identity, every_seconds=config.checkpoint_every),
     )
-    if processes.do_first(lambda: decide_run(output, identity, force=config.force)) != "reuse":
+    cut = {**identity, "time_budget": config.time_budget}
+    if processes.do_first(lambda: decide_run(output, identity, cut, force=config.force)) != "reuse":
         return job
     if processes.is_first:
         discard_own_checkpoint(job)  # it was killed after its last step
@@ -206,7 +207,7 @@ def provide_backbone(
         return load_backbone(
             config.backbone,
             weights=config.weights,
-            seed=config.seed,
+            seed=config.data_seed,
             images=InputFormat(**config.image_settings()),
             progress=progress,
         )
@@ -235,17 +236,18 @@ def do_job(job: Job, memory: PeakMemory) -> Run:
     if found is not None:
         take_up(trainer, job, *found)
     training = run_training(trainer, job)
-    trained = job.count_seconds()
+    trained, steps, evaluating = job.count_spent(), job.count_training(), Meter()
     splits = job.samples.listing.splits
     predictions = {name: predict_split(trainee, split) for name, split in splits.items() if name != "train"}
     record = describe_run(trainee, job, training, predictions)
-    seconds = count_seconds(job, training, trained)
-    record = replace(record, seconds=seconds, peak_memory_bytes=memory.read())
+    costs = describe_costs(job, training, trained, steps, job.collect(evaluating))
+    details = {**record.details, "flops": count_operations(job, training)}
+    record = replace(record, **costs, peak_memory_bytes=memory.read(), details=details)
     if processes.is_first:
         with files.fill_folder(job.output) as folder:
-            write_finetune_run(folder, record, trainee, training, predictions)
+            record = write_finetune_run(folder, record, trainee, training, predictions)
         discard_checkpoint(job.checkpoints)
-    processes.share(None)  # nobody goes before all is written
+    record = processes.share(record)  # nobody goes before all is written
     return Run(folder=job.output, record=record, left_out=job.samples.bad)
 
 
@@ -256,9 +258,9 @@ def provide_probe(job: Job) -> Probe:
     )
     job.before["probe"] = {
         "words": probe.words,
-        "extraction": probe.extraction_seconds,
-        "head": probe.seconds,
-        "waited": probe.waited_seconds,
+        "extraction": probe.extraction.to_json(),
+        "head": probe.fitting.to_json(),
+        "waited": probe.waited.to_json(),
     }
     return probe
 
@@ -312,6 +314,7 @@ def run_training(trainer: Trainer, job: Job) -> Training:
                 write_history(job.checkpoints.folder / HISTORY, tabulate_history(trainer.progress.history, job.config))
                 board(epoch)
 
+        job.training = Meter()
         try:
             return trainer.run(on_step=on_step, on_epoch=on_epoch)
         except TrainingError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -36,6 +35,7 @@ from featcache.dataset import (
     split_by_content,
 )
 from featcache.errors import DatasetError, StaleCacheError
+from featcache.metering import Meter
 from featcache.progress import SILENT, Progress
 from featcache.runs import describe_environment
 from featcache.stages.tables import Table, check_table, open_table
@@ -110,7 +110,7 @@ def import_features(
     >>> imported.cache.splits["train"].features.shape                                 # doctest: +SKIP
     (40000, 512)
     """
-    started = time.perf_counter()
+    meter = Meter()
     config, table, output = ImportConfig(**settings), Path(table), files.follow_link(Path(output))
     check_table(table)
     files.check_writable(output)
@@ -123,9 +123,9 @@ def import_features(
         check_same_source(old, cache, output, force=config.force)
         reused = old is not None and is_same_cache(old, cache) and bool(verify_cache(output))
         if not reused:
-            provenance = {**cache.provenance, "seconds": time.perf_counter() - started}
+            provenance = {**cache.provenance, **meter.read().to_json()}
             write_cache(output, replace(cache, provenance=provenance))
-    return ImportedFeatures(path=output, cache=open_cache(output), reused=reused, seconds=time.perf_counter() - started)
+    return ImportedFeatures(path=output, cache=open_cache(output), reused=reused, seconds=meter.seconds)
 
 
 def check_same_source(old: FeatureCache | None, new: FeatureCache, output: Path, *, force: bool) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,8 +31,9 @@ from featcache.images import (
     make_loader,
     make_pixel_transform,
 )
+from featcache.metering import Meter, Spent
 from featcache.processes import ALONE, Processes, count_neighbours
-from featcache.progress import SILENT, Progress
+from featcache.progress import SILENT, Bars, Progress
 from featcache.runtime import keep_freed_memory
 from featcache.stages.extract import extract_features
 from featcache.training import (
@@ -79,19 +79,6 @@ class Samples:
     memory: ImageMemory
 
 
-class Bars(Progress):
-    """A listener who is shown bars and told nothing: what is said has been said before."""
-
-    def __init__(self, listener: Progress) -> None:
-        self.live, self._listener = listener.live, listener
-
-    def track(
-        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
-    ) -> Iterator[T]:
-        """Pass `items` through the listener's bar."""
-        return self._listener.track(items, total=total, what=what, unit=unit, done=done)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Probe:
     """The linear head that lp-ft begins with.
@@ -102,19 +89,19 @@ class Probe:
         On raw features.
     words
         How it came about.
-    extraction_seconds
+    extraction
         What the features cost, whenever they were extracted.
-    seconds
+    fitting
         What the head cost.
-    waited_seconds
+    waited
         What both took now.
     """
 
     head: LinearHead
     words: str
-    extraction_seconds: float
-    seconds: float
-    waited_seconds: float
+    extraction: Spent
+    fitting: Spent
+    waited: Spent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +169,9 @@ class Trainee:
 def list_samples(data: Path | str, backbone: Backbone, config: FinetuneConfig, progress: Progress) -> Listing:
     """The images, or the clips, that the backbone takes."""
     clips = backbone.preprocessing.frames > 0
-    listing = list_dataset(data, val_fraction=config.val_fraction, seed=config.seed, progress=progress, clips=clips)
+    listing = list_dataset(
+        data, val_fraction=config.val_fraction, seed=config.data_seed, progress=progress, clips=clips
+    )
     for line in summarise(listing):
         progress.say(line)
     if clips:
@@ -289,20 +278,20 @@ def fit_probe(
     given: dict[str, Any] = {"backbone": config.backbone, "weights": config.weights}
     if backbone.weights["requested"] == "given":  # in Python, and has no name to be made from
         given = {"backbone": copy.deepcopy(backbone)}
-    began, images = time.perf_counter(), {name: getattr(config, name) for name in FinetuneConfig.IMAGES}
+    meter, images = Meter(), {name: getattr(config, name) for name in FinetuneConfig.IMAGES}
     extraction = extract_features(
         data,
         config.features,
         progress=Bars(progress),
         **given,
         val_fraction=config.val_fraction,
-        seed=config.seed,
+        seed=config.data_seed,
         device=str(device),
         skip_bad=config.skip_bad,
         **{name: value for name, value in images.items() if value is not None},
     )
     cached = extraction.cache.splits["train"]
-    started, row_of = time.perf_counter(), {path: row for row, path in enumerate(cached.listing.paths)}
+    extracted, row_of = meter.read(), {path: row for row, path in enumerate(cached.listing.paths)}
     rows = np.array([row_of[path] for path in samples.train.paths])
     head_config = HeadConfig(solver="lbfgs", class_weight=config.class_weight, seed=config.seed, device="cpu")
     fitted = fit_head(
@@ -313,12 +302,13 @@ def fit_probe(
         progress,
     )
     assert isinstance(fitted.head, LinearHead)
+    waited = meter.read()
     return Probe(
         head=fitted.head,
         words=f"begins with the linear head of C = {fitted.selection.choice['C']:g} on {config.features}",
-        extraction_seconds=float(extraction.cache.provenance["seconds"]),
-        seconds=time.perf_counter() - started,
-        waited_seconds=time.perf_counter() - began,
+        extraction=Spent.from_json(extraction.cache.provenance),
+        fitting=waited - extracted,
+        waited=waited,
     )
 
 

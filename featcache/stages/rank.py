@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,26 @@ from featcache.cache import FeatureCache, check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig, HeadConfig, is_imported, name_option
 from featcache.dataset import describe_data
 from featcache.errors import BackboneError, BadImage, MissingExtraError, RunError, SettingsError
-from featcache.files import hash_bytes
+from featcache.pages import ArmView, ComparisonPage, render_comparison
 from featcache.plots import draw_ranking, save_figure
 from featcache.progress import SILENT, Progress
 from featcache.report import (
     Arm,
-    compare_with_first,
+    choose_split,
     describe_arm,
     format_ranking_markdown,
     format_table,
-    state_ranking,
+    summarise_ranking,
     tabulate_ranking,
 )
-from featcache.stages.compare import REPORT, check_replaceable, load_arms
+from featcache.stages.compare import Group, check_replaceable, load_arms, say_command
 from featcache.stages.extract import extract_features
+from featcache.stages.plan_comparison import make_slug, name_cache
 from featcache.stages.train_head import train_head
+from featcache.stages.write_comparison import MARKDOWN, NUMBERS, PAGE, find_remarks
 
 FIGURE = ("accuracy and cost", "ranking.png")
+SHOWN = 4  # of the first arms: their confusions, reliability and images
 FINETUNING = ("epochs", "batch_size", "lr")
 
 
@@ -47,7 +51,9 @@ class Ranking:
     table
         The same numbers as text.
     report
-        The Markdown page.
+        The page, report.html; compare.json and compare.md lie beside it.
+    summary
+        All that is in compare.json.
     failed
         Backbones that could not be used, with the reason.
     left_out
@@ -58,8 +64,13 @@ class Ranking:
     verdict: str
     table: str
     report: Path
+    summary: dict[str, Any]
     failed: dict[str, str]
     left_out: tuple[BadImage, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        return self.report.read_text(encoding="utf-8")
 
 
 def rank_backbones(
@@ -129,7 +140,8 @@ def rank_backbones(
         left_out |= dict.fromkeys(extraction.bad)
         caches[backbone] = extraction.path
     head = config.stated("solver", "C", "seed")
-    ranking = rank_files(list(caches.values()), output, Path(config.runs), progress, head, failed)
+    command = say_command(data, output, replace(config, backbone=tuple(backbones)))
+    ranking = rank_files(list(caches.values()), output, Path(config.runs), progress, head, failed, command)
     return replace(ranking, left_out=tuple(left_out))
 
 
@@ -165,7 +177,8 @@ def rank_caches(
     CacheError, DatasetError, RunError, OutputError
         If a file is no cache, has no use for a head, or the caches are not of the same images.
     """
-    return rank_files(caches, Path(output), Path(runs), progress, settings, {})
+    command = say_ranking_command(caches, Path(output), Path(runs), HeadConfig(**settings))
+    return rank_files(caches, Path(output), Path(runs), progress, settings, {}, command)
 
 
 def rank_files(
@@ -175,8 +188,9 @@ def rank_files(
     progress: Progress,
     settings: Mapping[str, Any],
     failed: Mapping[str, str],
+    command: str,
 ) -> Ranking:
-    """`rank_caches`, and the backbones that have none because they failed."""
+    """`rank_caches`, and the backbones that have none because they failed; `command` makes it again."""
     HeadConfig(**settings)
     check_replaceable(output)
     opened = {Path(path): open_cache(path) for path in caches}
@@ -186,10 +200,14 @@ def rank_files(
     places = zip(opened, name_runs(runs, list(opened)), strict=True)
     folders = [train_head(path, folder, progress=progress, **settings).folder for path, folder in places]
     names = name_features(list(opened.values()), list(opened))
-    arms = [replace(arm, name=name) for arm, name in zip(load_arms(folders), names, strict=True)]
-    described = [describe_features_of(arm, cache) for arm, cache in zip(arms, opened.values(), strict=True)]
-    order = sorted(range(len(arms)), key=lambda i: (-described[i]["correct"], described[i]["seconds"]))
-    return write_ranking(output, [arms[i] for i in order], [described[i] for i in order], failed)
+    arms = load_arms([Group(name=name, runs=[folder]) for name, folder in zip(names, folders, strict=True)], names)
+    split = choose_split(arms)
+    described = [describe_features_of(arm, cache, split) for arm, cache in zip(arms, opened.values(), strict=True)]
+    order = sorted(
+        range(len(arms)), key=lambda i: (-described[i]["accuracy"], described[i]["cost"]["seconds"]["total"])
+    )
+    progress.say("report: figure and page")
+    return write_ranking(output, [arms[i] for i in order], [described[i] for i in order], failed, command)
 
 
 def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
@@ -205,29 +223,57 @@ def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
 
 
 def write_ranking(
-    output: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]], failed: Mapping[str, str]
+    output: Path, arms: Sequence[Arm], numbers: Sequence[dict[str, Any]], failed: Mapping[str, str], command: str
 ) -> Ranking:
     """Compare everyone with the first, and write the report."""
-    pairs = compare_with_first(arms)
-    numbers = [{**one, "against_first": pair} for one, pair in zip(numbers, [None, *pairs], strict=True)]
-    verdict, rows = state_ranking(numbers), tabulate_ranking(numbers)
+    summary = summarise_ranking(
+        arms,
+        numbers,
+        failed=failed,
+        remarks=find_remarks(arms),
+        command=command,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    split = summary["reported"]["split"]
+    page = ComparisonPage(
+        summary=summary,
+        arms=[ArmView(name=arm.name, predictions=arm.runs[0].predictions[split], histories=[]) for arm in arms[:SHOWN]],
+        curve=None,
+        feature_maps=[],
+        root=Path(summary["data"]["folder"]),
+    )
     with files.fill_folder(output) as folder:
-        save_figure(draw_ranking(numbers), folder / FIGURE[1])
-        page = format_ranking_markdown(rows, verdict, numbers, [FIGURE], data=arms[0].record.data, failed=failed)
-        (folder / REPORT).write_text(page, encoding="utf-8")
-        summary = {"schema": 1, "kind": "ranking", "verdict": verdict, "arms": numbers, "failed": dict(failed)}
-        (folder / "compare.json").write_text(files.pretty_json(summary), encoding="utf-8")
+        save_figure(draw_ranking(summary["arms"]), folder / FIGURE[1])
+        (folder / MARKDOWN).write_text(format_ranking_markdown(summary, [FIGURE]), encoding="utf-8")
+        (folder / NUMBERS).write_text(files.pretty_json(summary), encoding="utf-8")
+        (folder / PAGE).write_text(render_comparison(page), encoding="utf-8")
     return Ranking(
-        arms=list(numbers), verdict=verdict, table=format_table(rows), report=output / REPORT, failed=dict(failed)
+        arms=summary["arms"],
+        verdict=summary["verdict"],
+        table=format_table(tabulate_ranking(summary["arms"])),
+        report=output / PAGE,
+        summary=summary,
+        failed=dict(failed),
     )
 
 
-def describe_features_of(arm: Arm, cache: FeatureCache) -> dict[str, Any]:
+def say_ranking_command(caches: Sequence[Path | str], output: Path, runs: Path, head: HeadConfig) -> str:
+    """The command line that ranks these caches again; settings that it has no option for are left to Python."""
+    words = ["featcache", "compare", *(str(path) for path in caches)]
+    for name, option in (("solver", "--solver"), ("C", "-C"), ("seed", "--seed")):
+        if (value := getattr(head, name)) != getattr(HeadConfig(), name):
+            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+    for option, path, usual in (("--runs", runs, RUNS_DIR), ("-o", output, f"{RUNS_DIR}/compare")):
+        words += [] if path == Path(usual) else [option, str(path)]
+    return shlex.join(words)
+
+
+def describe_features_of(arm: Arm, cache: FeatureCache, split: str) -> dict[str, Any]:
     """A head's numbers, and what its features are and cost."""
     cost = find_cost(cache.extractor)
     seconds = arm.record.seconds
     return {
-        **describe_arm(arm),
+        **describe_arm(arm, split),
         "layer": cache.extractor["layer"],
         "width": cache.dim,
         "parameters": cost and cost.parameters,
@@ -259,18 +305,6 @@ def say_backbone(cache: FeatureCache) -> str:
     return f"{cache.extractor['backbone']}{' (random)' if random else ''}"
 
 
-def name_cache(features: Path | str, backbone: str, weights: str | None = None) -> Path:
-    """The cache of a backbone: features-resnet18.h5 for features.h5 and resnet18; weights not its own are named.
-
-    >>> name_cache("features.h5", "resnet18").name, name_cache("features.h5", "resnet18", "none").name
-    ('features-resnet18.h5', 'features-resnet18-none.h5')
-    """
-    path, name = Path(features), make_slug(backbone)
-    if weights not in (None, "default"):
-        name = f"{name}-{make_slug(str(weights))}"
-    return path.with_name(f"{path.stem}-{name}{path.suffix or '.h5'}")
-
-
 def name_run(runs: Path | str, cache: Path) -> Path:
     """The run of the head on a cache's features."""
     return Path(runs) / f"head-{make_slug(cache.stem.removeprefix('features-'))}"
@@ -287,13 +321,3 @@ def name_runs(runs: Path | str, caches: Sequence[Path]) -> list[Path]:
         folder if usual.count(folder) == 1 else Path(runs) / f"head-{make_slug(str(path))}"
         for path, folder in zip(caches, usual, strict=True)
     ]
-
-
-def make_slug(text: str) -> str:
-    """A name as part of a file's; one that had to be changed gets a digest, so that no two become the same.
-
-    >>> make_slug("resnet18"), make_slug("timm:vit_tiny")
-    ('resnet18', 'timm_vit_tiny-d4f01b')
-    """
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[-60:].lstrip("._")
-    return slug if slug == text else f"{slug}-{hash_bytes(text.encode())[:6]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import files
-from featcache.bundle import save_head
+from featcache.bundle import measure_size, save_head
 from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache, stream_cache
 from featcache.config import RUNS_DIR, HeadConfig, is_imported, name_option
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError, SettingsError
 from featcache.files import find_free_memory
 from featcache.heads import BLOCK_IMAGES, Features, FittedHead, Head, HeldOut, find_logits, fit_head
+from featcache.metering import Meter, PeakMemory, Spent, add_up, count_flops, tabulate_costs
 from featcache.metrics import measure_probabilities, to_probabilities
 from featcache.plots import draw_learning_curve, draw_selection, save_figure
 from featcache.progress import SILENT, Progress
 from featcache.runs import (
-    PeakMemory,
     Predictions,
     RunRecord,
     describe_environment,
@@ -38,6 +37,7 @@ from featcache.runtime import select_device
 from featcache.stages.draw_images import Draws, fit_draws
 from featcache.stages.evaluate import Run, describe_accuracy, describe_predictions, make_predictions, write_evaluation
 from featcache.stages.learning_curve import Curve, learn_curve
+from featcache.stages.multiply_adds import find_multiply_adds
 
 NAMES = {"lbfgs": "linear", "sklearn": "linear", "sgd": "linear", "ridge": "ridge", "knn": "nearest-neighbour"}
 
@@ -84,7 +84,7 @@ def train_head(
     >>> train_head("features.h5", C=0.1).record.val_accuracy               # doctest: +SKIP
     0.9477124183006536
     """
-    started, memory = time.perf_counter(), PeakMemory()
+    meter, memory = Meter(), PeakMemory()
     config, output = HeadConfig(**settings), Path(output)
     check_settings(config)
     config = replace(config, device=str(select_device(config.device)))
@@ -99,21 +99,21 @@ def train_head(
         for name, split in cache.splits.items():
             check_classes_filled(split.listing.labels, cache.classes, f"the {name} split in {features}")
         config = settle_scaling(settle_views(config, cache, features), cache)
-        before = time.perf_counter()
+        before = meter.read()
         learned = learn(cache, config, progress)
-        draws_seconds = time.perf_counter() - before - learned.fitted.seconds
+        draws_cost = meter.read() - before - learned.fitted.spent
         evaluated = evaluate_head(learned.fitted, cache, config)
-        before = time.perf_counter()
+        before = meter.read()
         curve = learn_curve(cache, config, progress) if config.curve else None
-        curve_seconds = time.perf_counter() - before
+        curve_cost = meter.read() - before
     record = describe_run(learned, cache, config, evaluated, curve)
-    more = {"draws": draws_seconds} if learned.draws else {"curve": curve_seconds} if curve else {}
-    seconds = count_seconds(learned.fitted, cache, time.perf_counter() - started, more)
-    record = replace(
-        record, seconds=seconds, peak_memory_bytes=_largest(memory.read(), cache.provenance["peak_memory_bytes"])
-    )
+    more = {"draws": draws_cost} if learned.draws else {"curve": curve_cost} if curve else {}
+    costs = tabulate_costs(list_costs(learned.fitted, cache, meter.read(), more), more)
+    peak = _largest(memory.read(), cache.provenance["peak_memory_bytes"])
+    details = {**record.details, **describe_extraction(cache)}
+    record = replace(record, **costs, peak_memory_bytes=peak, details=details)
     with files.fill_folder(output) as folder:
-        write_head_run(folder, record, learned.fitted, evaluated.predictions, curve)
+        record = write_head_run(folder, record, learned.fitted, evaluated.predictions, curve)
     return Run(folder=output, record=record)
 
 
@@ -285,21 +285,28 @@ def average_views(head: Head, plain: NDArray[np.float64], views: Features | None
     return total / (1 + n_views)
 
 
-def count_seconds(
-    fitted: FittedHead, cache: FeatureCache, elapsed: float, more: Mapping[str, float]
-) -> dict[str, float]:
-    """Wall time by stage; of imported features nobody knows what they cost.
+def list_costs(fitted: FittedHead, cache: FeatureCache, spent: Spent, more: Mapping[str, Spent]) -> dict[str, Spent]:
+    """What each stage cost; of imported features nobody knows what they did.
 
-    What was found out beside the head, its other draws or its curve, is no cost of the head's and not in the total.
+    What was found out beside the head, its other draws or its curve, is no cost of the head's.
     """
     known = not is_imported(cache.extractor["backbone"])
-    seconds = {
-        **({"extraction": cache.provenance["seconds"]} if known else {}),
-        "selection": fitted.selection_seconds,
-        "training": fitted.seconds - fitted.selection_seconds,
-        "evaluation": elapsed - fitted.seconds - sum(more.values()),
+    return {
+        **({"extraction": Spent.from_json(cache.provenance)} if known else {}),
+        "selection": fitted.selecting,
+        "training": fitted.spent - fitted.selecting,
+        "evaluation": spent - fitted.spent - add_up(more.values()),
     }
-    return {**seconds, "total": sum(seconds.values()), **more}
+
+
+def describe_extraction(cache: FeatureCache) -> dict[str, Any]:
+    """How fast the features were made, and the operations that this took: the head's own are nothing beside them."""
+    n, seconds = len(cache) + cache.n_views, cache.provenance["seconds"]
+    known = not is_imported(cache.extractor["backbone"]) and seconds > 0
+    return {
+        "images_per_second": n / seconds if known else None,
+        "flops": count_flops(find_multiply_adds(cache.extractor), forward=n),
+    }
 
 
 def describe_run(
@@ -370,8 +377,8 @@ def say_choice(choice: Mapping[str, float]) -> str:
 
 def write_head_run(
     folder: Path, record: RunRecord, fitted: FittedHead, predictions: dict[str, Predictions], curve: Curve | None
-) -> None:
-    """Write everything of a head's run; the record last."""
+) -> RunRecord:
+    """Write everything of a head's run; the record last, with the size of the result."""
     selection = fitted.selection
     name = selection.criterion.replace("leave-one-out ", "").replace(" ", "_")
     left_one_out = selection.criterion.startswith("leave-one-out")
@@ -389,7 +396,9 @@ def write_head_run(
         save_figure(draw_learning_curve(curve.describe(), record.title), folder / "curve.png")
     save_head(folder, fitted.head, record.classes, record.extractor)
     write_evaluation(folder, predictions, record.classes, record.title)
+    record = replace(record, result_bytes=measure_size(folder))
     write_record(folder, record)
+    return record
 
 
 def describe_features(cache: FeatureCache) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from featcache import files
 from featcache.backbones import Backbone
 from featcache.config import FinetuneConfig
 from featcache.errors import OutputError, RunError
-from featcache.processes import Processes
+from featcache.metering import Meter, Spent, add_up
+from featcache.processes import Processes, count_neighbours
 from featcache.progress import Progress
 from featcache.runs import (
     describe_environment,
@@ -44,9 +44,11 @@ class Job:
     checkpoints
         Where it is kept meanwhile.
     before
-        What the sessions before this one left: seconds, notes.
-    started
-        On the clock of `time.perf_counter`.
+        What the sessions before this one left: what they cost, and the training alone; notes.
+    meter
+        Runs from the start of this session.
+    training
+        Runs from the start of its training; None before.
     age
         Seconds before that which count for the time budget.
     """
@@ -61,23 +63,47 @@ class Job:
     progress: Progress
     identity: dict[str, Any]
     checkpoints: Checkpoints
-    before: dict[str, Any] = field(default_factory=lambda: {"seconds": 0.0, "probe": None, "notes": []})
-    started: float = 0.0
+    before: dict[str, Any] = field(
+        default_factory=lambda: {**Spent().to_json(), "training": Spent().to_json(), "probe": None, "notes": []}
+    )
+    meter: Meter = field(default_factory=Meter)
+    training: Meter | None = None
     age: float = 0.0
 
     def count_seconds(self) -> float:
         """What all of it has taken up to now, with what was done before an interruption."""
-        return time.perf_counter() - self.started + float(self.before["seconds"])
+        return self.meter.seconds + float(self.before["seconds"])
+
+    def count_spent(self) -> Spent:
+        """What all of it has cost up to now; of several processes each must ask, and all get the same."""
+        return Spent.from_json(self.before) + self.collect(self.meter)
+
+    def count_training(self) -> Spent:
+        """The same of the training alone."""
+        before = self.before.get("training", {"seconds": 0.0})  # older checkpoints do not know
+        return Spent.from_json(before) + (self.collect(self.training) if self.training else Spent())
+
+    def collect(self, meter: Meter) -> Spent:
+        """Spent since a meter was made: the first one's time, all processes' CPU seconds, the machine's joules."""
+        each = self.processes.collect(meter.read())
+        several_machines = self.processes.size > count_neighbours()
+        return replace(
+            each[0],
+            cpu_seconds=add_up(each).cpu_seconds,
+            energy_joules=None if several_machines else each[0].energy_joules,
+        )
 
     def count_budget(self) -> float:
         """What of a time budget is spent."""
         return self.age + self.count_seconds()
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint should know beside the state of the training."""
+        """What a checkpoint should know beside the state of the training; of several processes each must ask."""
         return {
             **self.before,
-            "seconds": self.count_seconds(),
+            **self.count_spent().to_json(),
+            "training": self.count_training().to_json(),
+            "time_budget": self.config.time_budget,
             "environment": describe_machine() | {"device": self.device.type},
         }
 
@@ -112,12 +138,18 @@ def find_checkpoint(job: Job) -> tuple[State, dict[str, Any]] | None:
                 f"{folder} holds an unfinished run of other settings ({'; '.join(changes)}); finish it with those, "
                 f"name another place with -o, or discard it with --force"
             )
-        if description is None or changes:
+        if description is None or changes or is_spent(description, job):
             discard_checkpoint(job.checkpoints)
             return None
         return job.checkpoints.find()
 
     return job.processes.do_first(find)
+
+
+def is_spent(description: Mapping[str, Any], job: Job) -> bool:
+    """Whether it was stopped by a time budget, and is asked for with another one, or with none."""
+    stopped, before = description["training"]["stopped"], description["more"].get("time_budget")
+    return "budget" in stopped and before != job.config.time_budget
 
 
 def take_up(trainer: Trainer, job: Job, state: State, more: Mapping[str, Any]) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featcache.bundle import save_network
+from featcache.bundle import measure_size, save_network
 from featcache.config import FinetuneConfig
 from featcache.dataset import describe_data
 from featcache.errors import BadImage
+from featcache.metering import Spent, count_flops, tabulate_costs
 from featcache.plots import draw_curves, save_figure
-from featcache.report import format_seconds
 from featcache.runs import (
     Predictions,
     RunRecord,
@@ -22,11 +22,13 @@ from featcache.runs import (
     write_record,
 )
 from featcache.stages.evaluate import describe_accuracy, write_evaluation
+from featcache.stages.multiply_adds import find_multiply_adds
 from featcache.stages.prepare_training import (
     Trainee,
 )
 from featcache.stages.training_job import HISTORY, Job, describe_machine
 from featcache.training import Epoch, Training
+from featcache.wording import format_seconds
 
 AGAINST_OVERFITTING = ("augment", "mixup", "cutmix", "label_smoothing", "class_weight", "ema")
 
@@ -84,7 +86,7 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
     return RunRecord(
         kind="finetune",
         title=trainee.title if not training.stopped else f"{trainee.title}, stopped in {training.history[-1].epoch}",
-        settings=config.result_settings(),
+        settings=describe_settings(config, training),
         data=describe_data(job.samples.listing),
         extractor=job.backbone.describe(),
         seconds={},
@@ -110,6 +112,12 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
             "batch_norm": trainee.batch_norm[0],
         },
     )
+
+
+def describe_settings(config: FinetuneConfig, training: Training) -> dict[str, Any]:
+    """What decided the result; a time budget did if it was spent."""
+    spent = {"time_budget": config.time_budget} if "budget" in training.stopped else {}
+    return config.result_settings() | spent
 
 
 def describe_end(training: Training, n_train: int, job: Job) -> list[str]:
@@ -145,18 +153,41 @@ def measure_rate(training: Training) -> float | None:
     return float(np.median(rates)) if rates else None
 
 
-def count_seconds(job: Job, training: Training, trained: float) -> dict[str, float]:
-    """Wall time by stage; of lp-ft the cached features are counted with what they cost when they were extracted."""
-    now, probe = job.count_seconds(), job.before["probe"]
-    spent = sum(epoch.seconds for epoch in training.history)
-    n_epochs = sum(1 for epoch in training.history if epoch.epoch > 0)
-    seconds = {
-        **({"extraction": probe["extraction"], "head": probe["head"]} if probe else {}),
-        "preparation": max(trained - spent - (probe["waited"] if probe else 0.0), 0.0),
-        "training": spent,
-        "evaluation": now - trained,
-    }
-    return {**seconds, "total": sum(seconds.values()), "per_epoch": spent / max(n_epochs, 1)}
+def describe_costs(job: Job, training: Training, trained: Spent, steps: Spent, evaluation: Spent) -> dict[str, Any]:
+    """Costs by stage as the record holds them.
+
+    Of lp-ft the cached features are counted with what they cost when they were extracted.
+
+    Parameters
+    ----------
+    job, training
+        What was done.
+    trained, steps
+        What all of it had cost when the training was over, and what the training alone.
+    evaluation
+        What came after it cost.
+    """
+    probe = job.before["probe"]
+    steps = replace(steps, seconds=sum(epoch.seconds for epoch in training.history))
+    once = {name: Spent.from_json(probe[name]) for name in ("extraction", "head", "waited")} if probe else {}
+    preparation = trained - steps - once.pop("waited", Spent())
+    preparation = replace(preparation, seconds=max(preparation.seconds, 0.0))
+    stages = {**once, "preparation": preparation, "training": steps, "evaluation": evaluation}
+    n_epochs = max(sum(1 for epoch in training.history if epoch.epoch > 0), 1)
+    return tabulate_costs(stages, {"per_epoch": steps / n_epochs})
+
+
+def count_operations(job: Job, training: Training) -> float | None:
+    """Floating-point operations of the network, once more for the features of lp-ft; None where nobody knows.
+
+    Stages of the last layer alone send images forward only: what goes back through that layer is nothing beside it.
+    """
+    history, listing = training.history, job.samples.listing
+    forward = sum(epoch.images + len(job.samples.watched) for epoch in history)
+    forward += len(listing) - len(listing.splits["train"])
+    forward += len(listing) if job.before["probe"] else 0
+    backward = sum(epoch.images for epoch in history if epoch.stage == "full")
+    return count_flops(find_multiply_adds(job.backbone.describe()), forward=forward, backward=backward)
 
 
 def describe_left_out(bad: Sequence[BadImage]) -> list[str]:
@@ -170,11 +201,13 @@ def write_finetune_run(
     trainee: Trainee,
     training: Training,
     predictions: dict[str, Predictions],
-) -> None:
-    """Write everything of a fine-tuning run; the record last."""
+) -> RunRecord:
+    """Write everything of a fine-tuning run; the record last, with the size of the result."""
     history = tabulate_history(training.history, trainee.config)
     save_network(folder, trainee.network, record.classes, record.extractor)
     write_history(folder / HISTORY, history)
     save_figure(draw_curves(history, record.title), folder / "curves.png")
     write_evaluation(folder, predictions, record.classes, record.title)
+    record = replace(record, result_bytes=measure_size(folder))
     write_record(folder, record)
+    return record

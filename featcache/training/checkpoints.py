@@ -216,11 +216,12 @@ def removing(path: Path) -> Iterator[None]:
 def keep_if_due(checkpoints: Checkpoints, trainer: Trainer, describe: Callable[[], Mapping[str, Any]]) -> bool:
     """Keep the state of a training if it is time, and its numbers are sound; says whether it did.
 
-    `describe` gives what is kept beside it. Of several processes each must call; the first one decides and writes.
+    `describe` gives what is kept beside it. Of several processes each must call, and each then describes; the first one
+    decides and writes.
     """
     if not checkpoints.is_due_for_all(trainer) or not trainer.is_sound():
         return False
-    state = trainer.find_state()
+    state, more = trainer.find_state(), describe()
     if trainer.processes.is_first:
-        checkpoints.keep(state, describe())
+        checkpoints.keep(state, more)
     return True
