@@ -25,6 +25,7 @@ from featcache.metrics import adjust_holm, mcnemar_test
 SIGNIFICANCE = 0.05
 POWER = 0.8
 RESAMPLES = 10_000
+MOST_SIZES = 100  # kinds of differences between images up to which the sign-flip test is exact
 MOST_DIRECT = 20_000  # terms up to which distributions are convolved without Fourier transforms
 
 Rights = NDArray[np.bool_]  # (S, N): whether the classifier of each of S seeds is right about each of N images
@@ -41,7 +42,8 @@ class Evidence:
     interval
         Of that difference, 95 %, for the sampling of the images: paired bootstrap.
     mcnemar
-        For each seed that both have: images that only the first, and only the second, gets right, and the exact test.
+        For the first seeds, the second ones, and so on: images that only the first, and only the second, gets right,
+        and the exact test.
     p_images
         Whether images alone explain the difference: `sign_flip_test`, of one seed each the exact McNemar test.
     p_seeds
@@ -67,10 +69,13 @@ def weigh(first: Rights, second: Rights, *, alpha: float = SIGNIFICANCE) -> Evid
     Parameters
     ----------
     first, second
-        (S, N) and (T, N): whether the classifier of each seed is right about each image.
+        (S, N) and (T, N): whether the classifier of each seed is right about each image. Where one has a single seed,
+        the first ones are compared.
     alpha
         The level for `Evidence.detectable`: smaller where the test is one of several.
     """
+    if min(len(first), len(second)) == 1:  # of one side nothing is known of seeds: two classifiers are compared
+        first, second = first[:1], second[:1]
     scores = score_images(first, second)
     p_images, p_seeds = sign_flip_test(scores), mixed_test(first, second)
     n_units = len(first) * len(second)
@@ -112,11 +117,14 @@ def sign_flip_test(scores: NDArray[np.int64]) -> float:
     Source: R. A. Fisher, The design of experiments, 1935, section 21; E. S. Edgington and P. Onghena, Randomization
     tests, 2007, chapter 6.
 
-    >>> sign_flip_test(np.array([1] * 4 + [-1] * 6))
+    >>> round(sign_flip_test(np.array([1] * 4 + [-1] * 6)), 8)
     0.75390625
     """
     unit = gcd(*(int(size) for size in np.unique(np.abs(scores)))) or 1
     sizes, counts = np.unique(np.abs(scores[scores != 0]) // unit, return_counts=True)
+    if len(sizes) > MOST_SIZES:  # very many seeds: sums of so many kinds of terms are normal
+        spread = np.sqrt(np.sum(np.square(scores, dtype=np.float64)))
+        return float(min(1.0, 2 * norm.sf((abs(float(scores.sum())) - unit) / spread)))
     chances = np.ones(1)
     for size, n in zip(sizes.tolist(), counts.tolist(), strict=True):
         steps = np.zeros(2 * n * size + 1)  # the sum of n terms of +size or -size, from the least on
@@ -134,7 +142,8 @@ def mixed_test(first: Rights, second: Rights) -> float | None:
 
     The p-value is the one at which the t-quantiles of images and of each way's seeds, times their standard errors,
     squared and added up, are the difference squared. With few seeds their quantile is large: three say little of how
-    much training varies. Whatever the proportions of the variances, a level of 5 % is kept to 5.4 %, mostly to less.
+    much training varies. Whatever the proportions of the variances, a level of 5 % is kept to 5.4 %, mostly to less, as
+    long as seeds vary evenly to both sides; where they differ by ten points near 100 %, it is not (docs/compare.md).
 
     Source: W. G. Howe, Approximate confidence limits on the mean of X + Y where X and Y are two tabled independent
     random variables, JASA 69 (1974); images and readers that both vary as in B. D. Gallas et al., Multireader multicase

@@ -299,6 +299,35 @@ def fill_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def fill_files(final: Path) -> Iterator[Path]:
+    """Give a temporary folder whose files are moved into `final` when the block ends well, in place of older ones.
+
+    Whatever else lies there stays. The files are moved in the order of their names but for .json, which come last.
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be made, or a file not moved.
+    """
+    try:
+        final.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=final))
+    except OSError as error:
+        raise OutputError(f"cannot write {final}: {error.strerror or error}; choose another place with -o") from error
+    try:
+        yield temporary
+        try:
+            for path in sorted(temporary.iterdir(), key=lambda path: (path.suffix == ".json", path.name)):
+                path.chmod(0o666 & ~_umask())
+                path.replace(final / path.name)
+        except OSError as error:
+            raise OutputError(f"cannot write {final}: {error.strerror or error}") from error
+        disk.sync_folder(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def mend_folder(final: Path) -> None:
     """Remove what a killed `fill_folder` left beside `final`, and put the older folder back if it was just moved away.
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from featcache.errors import DeviceError, make_printable
+from featcache.wording import make_writable
 
 Pictures = NDArray[np.float32]
 
@@ -470,6 +471,7 @@ def _choose_fonts(figure: Figure) -> None:
 
 def _plain(text: str, at_most: int = 1000) -> str:
     """A name as it is, not as a formula; of a long one the end, which is what tells names apart."""
+    text = make_writable(text)
     return (text if len(text) <= at_most else "..." + text[3 - at_most :]).replace("$", r"\$")
 
 

@@ -33,6 +33,7 @@ from featcache.errors import OutputError, RunError
 from featcache.files import pretty_json
 
 RUN_FILE = "run.json"
+PREDICTIONS = {"val": "predictions.csv", "test": "predictions_test.csv"}
 SCHEMA = 1
 RECORDED_PACKAGES = ("featcache", "torch", "torchvision", "scikit-learn", "h5py", "numpy", "Pillow")
 
@@ -164,7 +165,37 @@ def read_record(folder: Path | str) -> RunRecord:
         raise RunError(f"{path} is damaged ({type(error).__name__}: {error}); run it again") from error
     if record.schema != SCHEMA:
         raise RunError(f"{path} has schema {record.schema}, this featcache reads {SCHEMA}; run it again")
+    if missing := find_missing(record):
+        raise RunError(f"{path} is damaged: {missing} is not as featcache writes it; run it again")
     return record
+
+
+def find_missing(record: RunRecord) -> str:
+    """What of a record's contents is missing or of another kind than it should be; "" if all is well."""
+    whole: dict[str, tuple[Any, dict[str, Any]]] = {
+        "settings": (record.settings, {}),
+        "data": (record.data, {"folder": str, "classes": list, "images": dict, "fingerprints": dict}),
+        "extractor": (record.extractor, {"backbone": str, "weights": dict}),
+        "seconds": (record.seconds, {"total": (int, float)}),
+        "parameters": (record.parameters, {"trainable": int}),
+        "accuracy": (record.accuracy, {"val": dict}),
+        "details": (record.details, {}),
+        "cpu_seconds": (record.cpu_seconds, {}),
+        "environment": (record.environment, {}),
+    }
+    for name, (values, wanted) in whole.items():
+        if not isinstance(values, dict):
+            return name
+        for key, kind in wanted.items():
+            if not isinstance(values.get(key), kind):
+                return f"{name}.{key}"
+    if "tensors_sha256" not in record.extractor["weights"]:
+        return "extractor.weights.tensors_sha256"
+    for split in ("val", "test"):
+        measured = record.accuracy.get(split, {"n": 0, "correct": 0, "accuracy": 0.0})
+        if not all(isinstance(measured.get(key), int | float) for key in ("n", "correct", "accuracy")):
+            return f"accuracy.{split}"
+    return "" if isinstance(record.notes, list) else "notes"
 
 
 def is_required(one: Field[Any]) -> bool:
@@ -200,16 +231,19 @@ def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             header, *rows = csv.reader(file)
-        return Predictions(
+        predictions = Predictions(
             paths=tuple(row[0] for row in rows),
             labels=np.array([index[row[1]] for row in rows], dtype=np.int64),
             predicted=np.array([index[row[2]] for row in rows], dtype=np.int64),
             probabilities=np.array(
                 [[row[header.index(f"probability_{name}")] for name in classes] for row in rows], dtype=np.float64
-            ),
+            ).reshape(-1, len(classes)),
         )
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, csv.Error) as error:
         raise RunError(f"{path} cannot be read ({error}); run it again") from error
+    if not np.isfinite(predictions.probabilities).all():
+        raise RunError(f"{path} is damaged: it has probabilities that are no numbers; run it again")
+    return predictions
 
 
 def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -219,12 +253,24 @@ def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """Read the numbers of a history; what is missing, and the stage, which is a word, is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: float(value) for name, value in row.items() if value and name != "stage"}
-            for row in csv.DictReader(file)
-        ]
+    """Read the numbers of a history; what is missing, and the stage, which is a word, is left out.
+
+    Raises
+    ------
+    RunError
+        If the file is missing or damaged.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                {name: float(value) for name, value in row.items() if value and name != "stage"}
+                for row in csv.DictReader(file, strict=True)
+            ]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read ({error}); run it again") from error
+    if not rows or not all("epoch" in row for row in rows):
+        raise RunError(f"{path} cannot be read (it has no epochs); run it again")
+    return rows
 
 
 def decide_run(folder: Path, *wanted: Mapping[str, Any], force: bool) -> str:
@@ -254,7 +300,12 @@ def decide_run(folder: Path, *wanted: Mapping[str, Any], force: bool) -> str:
         return "create"
     if not is_run(folder):
         raise OutputError(f"{folder} is there and is not a run; choose another place with -o")
-    found = describe_identity(read_record(folder))
+    try:
+        found = describe_identity(read_record(folder))
+    except RunError:
+        if force:
+            return "replace"  # a damaged one
+        raise
     if found in wanted:
         return "replace" if force else "reuse"
     if force:

@@ -80,7 +80,7 @@ def check_pair(pair: dict[str, Any], first: Rights, second: Rights) -> tuple[lis
     for told, a, b in zip(pair["mcnemar"], first, second, strict=False):
         only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
         p = stats.binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
-        bad += check(f"{what}: McNemar, seed {told['seed']}", told["p_value"], p)
+        bad += check(f"{what}: McNemar, seed {told['seeds']}", told["p_value"], p)
         bad += check(
             f"{what}: counts", [told["only_first_right"], told["only_second_right"]], [only_first, only_second]
         )

@@ -162,7 +162,12 @@ def describe_pair(first: dict[str, Any], second: dict[str, Any], a: Predictions,
         "difference": difference,
         "interval": [difference - half, difference + half],
         "mcnemar": [
-            {"seed": seed, "only_first_right": only_first, "only_second_right": only_second, "p_value": p_value}
+            {
+                "seeds": [seed, seed],
+                "only_first_right": only_first,
+                "only_second_right": only_second,
+                "p_value": p_value,
+            }
             for seed in range(len(first["runs"]))
         ],
         "p_value": p_value,

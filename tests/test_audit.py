@@ -339,11 +339,13 @@ def test_the_table_has_every_image_the_one_to_fix_first_at_its_top(flawed: Path,
     assert all(row["suggested"] != row["label"] for row in rows if row["is_issue"] == "true")
 
 
-def test_the_same_audit_again_finds_the_same_and_replaces_the_old_one(flawed: Path, tmp_path: Path) -> None:
+def test_the_same_audit_again_finds_the_same_and_touches_nothing_else(flawed: Path, tmp_path: Path) -> None:
     featcache.audit(flawed, tmp_path / "audit")
     before = {path.name: path.read_bytes() for path in (tmp_path / "audit").iterdir()}
-    (tmp_path / "audit/stale.txt").touch()
+    (tmp_path / "audit/notes.txt").write_text("mine")
     featcache.audit(flawed, tmp_path / "audit")
+    assert (tmp_path / "audit/notes.txt").read_text() == "mine"
+    (tmp_path / "audit/notes.txt").unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "audit").iterdir()} == before
 
 

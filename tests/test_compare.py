@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import featcache
 from featcache.config import CompareConfig
 from featcache.errors import OutputError, RunError, SettingsError, StaleCacheError
 from featcache.report import describe_arm, describe_pairs, format_markdown, state_grounds, state_verdict
+from featcache.report.tables import escape
 from featcache.runs import is_run, read_record
 from featcache.stages.compare import Group, group_runs, load_arms, say_command
 from featcache.stages.plan_comparison import plan_comparison
@@ -277,6 +279,115 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_done(
     assert not (tmp_path / "features.h5").exists()
 
 
+def test_heads_too_are_left_out_when_the_time_is_over(
+    photos: Path, tmp_path: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.stages.compare.find_needed", lambda first: 1e9)
+    comparison = featcache.compare(photos, tmp_path / "out", arms=("head",), seeds=3, budget=60.0, **QUICK, **places)
+    assert len(comparison.arms[0]["runs"]) == 1
+    assert comparison.summary["remarks"] == ["The budget of 60.0 s sufficed for 1 of 3 seeds of head."]
+
+
+def test_a_budget_never_moves_or_replaces_what_a_comparison_has_not_cut(
+    photos: Path, tmp_path: Path, places: dict[str, str]
+) -> None:
+    settings: dict[str, Any] = {**places, **TINY, "epochs": 100_000, "arms": ("finetune",), "budget": 60.0}
+    own = tmp_path / "runs/finetune-cut"
+    featcache.finetune(photos, own, epochs=2, **TINY)
+    with pytest.raises(OutputError, match="is no fine-tune that a comparison's budget has cut short"):
+        featcache.compare(photos, tmp_path / "out", **settings)
+    assert "2 epochs" in read_record(own).title
+    own.rename(tmp_path / "elsewhere")
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="is a link"):
+        featcache.compare(photos, tmp_path / "out", **settings)
+    assert is_run(tmp_path / "elsewhere")
+
+
+def test_a_run_that_was_cut_and_not_yet_set_aside_is_never_taken_for_the_whole_one(
+    photos: Path, tmp_path: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    featcache.extract_features(photos, places["features"], **TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr("featcache.stages.finetune.WRITING_SECONDS", 1e9)
+        folder = Path(places["runs"]) / "finetune"
+        run = featcache.finetune(photos, folder, epochs=2, time_budget=60, budget_of="featcache compare", **TINY)
+    assert "stopped in" in run.record.title
+    comparison = featcache.compare(photos, tmp_path / "out", epochs=2, curve=False, force=True, **places)
+    assert comparison.arms[1]["title"] == "fine-tuned tiny, 2 epochs"
+
+
+# --- what is there already --------------------------------------------------------------------------------------------
+
+
+def test_nothing_else_beside_a_report_is_touched(photos: Path, tmp_path: Path, places: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    featcache.compare(photos, out, **QUICK, **places)
+    (out / "notes.txt").write_text("mine")
+    featcache.compare(photos, out, **QUICK, **places)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert len(list(out.iterdir())) == 7
+    inside = {"features": str(tmp_path / "exp/f.h5"), "runs": str(tmp_path / "exp/runs")}
+    for _ in range(2):
+        featcache.compare(photos, tmp_path / "exp", **QUICK, **inside)
+    assert is_run(tmp_path / "exp/runs/head")
+    assert (tmp_path / "exp/f.h5").is_file()
+
+
+@pytest.mark.parametrize("place", ["runs/finetune", "features.h5"])
+def test_a_report_is_not_written_into_what_it_is_made_from(
+    place: str, photos: Path, tmp_path: Path, places: dict[str, str]
+) -> None:
+    with pytest.raises(OutputError, match="choose another one for the report"):
+        featcache.compare(photos, tmp_path / place, **QUICK, **places)
+    assert not (tmp_path / "features.h5").exists()
+
+
+def test_a_head_of_other_features_or_of_few_images_is_no_head_of_these(
+    photos: Path, tmp_path: Path, places: dict[str, str]
+) -> None:
+    head, settings = Path(places["runs"]) / "head", {**places, "arms": ("head",), "curve": False}
+    featcache.compare(photos, tmp_path / "out", **TINY, **settings)
+    before = read_record(head).extractor
+    featcache.extract_features(photos, places["features"], force=True, input_size=8, resize=8, **TINY)
+    featcache.compare(photos, tmp_path / "out", **settings)
+    assert read_record(head).extractor["preprocessing"] != before["preprocessing"]
+    featcache.train_head(places["features"], head, shots=1)
+    featcache.compare(photos, tmp_path / "out", **settings)
+    assert "shots" not in read_record(head).settings
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("head/run.json", lambda text: text.replace('"tensors_sha256"', '"gone"'), "weights.tensors_sha256 is not as"),
+        (
+            "head/run.json",
+            lambda text: re.sub(r'"total": [0-9.e-]+', '"sum": 1', text, count=1),
+            "seconds.total is not",
+        ),
+        ("head/run.json", lambda text: text.replace('"correct"', '"right"'), "accuracy.val is not as featcache writes"),
+        ("head/predictions.csv", lambda text: text[: len(text) // 2], "cannot be read|expected 6"),
+        ("head/predictions.csv", lambda text: re.sub(r"[01]\.\d+\n", "nan\n", text, count=1), "are no numbers"),
+        ("head/predictions.csv", lambda text: "x" * 200_000 + text, "cannot be read"),
+        ("finetune/history.csv", lambda text: text.replace("0.", "zero"), "cannot be read"),
+        ("finetune/history.csv", lambda text: "\x00" + text, "cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_told_of_before_anything_is_made_and_made_again_with_force(
+    file: str, damage: Any, message: str, photos: Path, tmp_path: Path, places: dict[str, str]
+) -> None:
+    featcache.compare(photos, tmp_path / "out", **QUICK, **places)
+    path = Path(places["runs"]) / file
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=message) as error:
+        featcache.compare(photos, tmp_path / "out", seeds=2, **QUICK, **places)
+    assert "--force make it again" in str(error.value)
+    assert not (Path(places["runs"]) / "head-seed1").exists()
+    if file != "head/run.json":  # a head is never written over what may be something else
+        featcache.compare(photos, tmp_path / "out", force=True, **QUICK, **places)
+
+
 # --- finished runs ----------------------------------------------------------------------------------------------------
 
 
@@ -438,12 +549,28 @@ def test_names_cannot_break_the_markdown(photos: Path, tmp_path: Path, places: d
     assert "&lt;script>\\|x" in page
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("![t](http:x)", r"!\[t\](http:x)"),
+        ("a\n\n<img src=x onerror=y>", r"a\\x0a\\x0a&lt;img src=x onerror=y>"),
+        ("`code`", r"\`code\`"),
+        ("**bold**", r"\*\*bold\*\*"),
+    ],
+)
+def test_no_name_becomes_a_link_a_picture_or_a_tag(name: str, written: str) -> None:
+    assert escape(name) == written
+
+
 def test_the_command_in_the_report_makes_the_same_comparison_again(tmp_path: Path) -> None:
-    config = CompareConfig(arms=("head", "finetune:lp-ft"), seeds=3, lr=1e-5, curve=False, backbone=("a b",), C=2.0)
+    config = CompareConfig(
+        arms=("head", "finetune:lp-ft"), seeds=3, lr=1.23456789e-5, curve=False, backbone=("a b",), C=2.0
+    )
     assert shlex.split(say_command("my photos", tmp_path, config)) == [
         "featcache", "compare", "my photos", "--arm", "head", "--arm", "finetune:lp-ft", "--backbone", "a b", "--seeds",
-        "3", "--no-curve", "--lr", "1e-05", "-C", "2", "-o", str(tmp_path),
+        "3", "--no-curve", "--lr", "1.23456789e-05", "-C", "2.0", "-o", str(tmp_path),
     ]  # fmt: skip
+    assert say_command("-photos", Path("runs/compare"), CompareConfig()) == "featcache compare -- -photos"
 
 
 def test_the_report_warns_where_pretraining_may_have_seen_the_images(

@@ -115,6 +115,20 @@ def test_arms_that_agree_about_everything_differ_in_nothing() -> None:
     assert claim([evidence]) == [("none", 1.0)]
 
 
+def test_where_one_way_has_a_single_seed_the_first_ones_are_compared() -> None:
+    first, second = draw(np.random.default_rng(6), 100, (0.9, 0.8), seeds=(1, 5), seed_spread=0.5)
+    assert weigh(first, second) == weigh(first, second[:1])
+    assert weigh(second, first) == weigh(second[:1], first)
+
+
+def test_very_many_seeds_are_tested_at_once() -> None:
+    first, second = draw(np.random.default_rng(7), 3_000, (0.9, 0.89), seeds=(50, 49))
+    scores = score_images(first, second)
+    assert sign_flip_test(scores) == pytest.approx(
+        2 * stats.norm.sf(abs(scores.sum()) / np.sqrt(np.square(scores, dtype=float).sum())), rel=0.01
+    )
+
+
 def test_a_single_image_shows_nothing() -> None:
     evidence = weigh(np.ones((2, 1), bool), np.zeros((2, 1), bool))
     assert evidence.p_value == 1.0

@@ -314,7 +314,7 @@ def test_rows_of_images_are_known_by_the_images(photos: Path, cli: Cli, tiny: ty
     featcache.finetune(photos, "runs/finetune", epochs=1, **TINY)
     outcome = cli("compare", "runs/head", "runs/finetune")
     assert outcome.code == 0, outcome.err
-    assert "without what it took to make the imported features of head" in outcome.out
+    assert "without what it took to make the features of head" in outcome.out
     assert cli("show", "runs/head").code == 0
 
 

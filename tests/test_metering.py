@@ -69,13 +69,13 @@ def test_the_work_of_this_process_is_counted_and_its_sleep_is_not() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not list living children")
 def test_a_busy_child_counts_while_it_lives_and_as_much_when_it_has_ended() -> None:
-    meter = Meter()
+    meter, others = Meter(), read_living_children()  # of an earlier test, say
     child = start(BUSY.format(0.3))
     alive = meter.read().cpu_seconds
-    assert read_living_children() >= 0.3 - TICK
+    assert read_living_children() >= others + 0.3 - TICK
     end(child)
     ended = meter.read().cpu_seconds
-    assert read_living_children() == 0
+    assert read_living_children() <= others + 2 * TICK
     assert alive is not None
     assert ended is not None
     assert alive >= 0.3 - TICK

@@ -284,7 +284,9 @@ def make_arm(name: str, correct: int, p_adjusted: float | None, seconds: float |
             "second": name,
             "difference": (90 - correct) / 100,
             "interval": [(90 - correct) / 100 - 0.05, (90 - correct) / 100 + 0.05],
-            "mcnemar": [{"seed": 0, "only_first_right": 93 - correct, "only_second_right": 3, "p_value": p_adjusted}],
+            "mcnemar": [
+                {"seeds": [0, 0], "only_first_right": 93 - correct, "only_second_right": 3, "p_value": p_adjusted}
+            ],
             "p_seeds": None,
             "p_adjusted": p_adjusted,
             "detectable_difference": 0.08,

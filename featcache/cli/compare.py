@@ -118,7 +118,7 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
     if as_json:
         print_json({**compared.summary, "report": str(compared.report)})
     else:
-        click.echo(f"{compared.table}\n\n{compared.verdict}")
+        click.echo(f"{compared.table}\n\n{make_printable(compared.verdict)}")
         click.echo(make_printable(compared.summary["grounds"]))
         for remark in compared.summary["remarks"]:
             click.echo(make_printable(f"note: {remark}"))

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from featcache.config import is_imported
 from featcache.evidence import SIGNIFICANCE, Evidence, claim, weigh
-from featcache.metrics import wilson_interval
+from featcache.metrics import measure_probabilities, wilson_interval
 from featcache.report.verdict import join_words, state_grounds, state_verdict
 from featcache.runs import Predictions, RunRecord
 
 SCHEMA = 2
 NO_STAGES = ("total", "per_epoch", "draws", "curve")  # of a record's seconds: sums, and what was found out beside it
 HEADS = (1, 10, 100)
+WIDE = 0.05  # standard deviation over seeds from which they are said to differ widely
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,19 @@ class SeedRun:
     run: str
     record: RunRecord
     predictions: Mapping[str, Predictions]
+
+    @property
+    def seed(self) -> int:
+        """What its training was seeded with."""
+        return int(self.record.settings.get("seed", 0))
+
+    def measure(self, split: str) -> dict[str, float]:
+        """What its probabilities are worth; runs before that was measured know it not."""
+        known = self.record.accuracy[split]
+        if "calibration_error" in known:
+            return {name: value for name, value in known.items() if name not in ("n", "correct", "accuracy")}
+        predictions = self.predictions[split]
+        return measure_probabilities(predictions.labels, predictions.probabilities)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +137,11 @@ def describe_arm(arm: Arm, split: str = "val") -> dict[str, Any]:
         "interval": list(wilson_interval(round(fmean(shares) * n), n)),
         "seed_spread": stdev(shares) if len(shares) > 1 else None,
         f"{other}_accuracy": fmean(others) if others else None,
-        "measures": average([run.record.accuracy[split] for run in arm.runs], skip=("n", "correct", "accuracy")),
+        "measures": average([run.measure(split) for run in arm.runs]),
         "runs": [
             {
                 "run": run.run,
-                "seed": run.record.settings.get("seed", 0),
+                "seed": run.seed,
                 "accuracy": share,
                 "correct": int(right.sum()),
                 "seconds": run.record.seconds["total"],
@@ -213,8 +227,8 @@ def describe_pair(
         "difference": evidence.difference,
         "interval": list(evidence.interval),
         "mcnemar": [
-            {"seed": run.record.settings.get("seed", 0), "only_first_right": a, "only_second_right": b, "p_value": p}
-            for run, (a, b, p) in zip(first.runs, evidence.mcnemar, strict=False)
+            {"seeds": [one.seed, other.seed], "only_first_right": a, "only_second_right": b, "p_value": p}
+            for one, other, (a, b, p) in zip(first.runs, second.runs, evidence.mcnemar, strict=False)
         ],
         "p_images": evidence.p_images,
         "p_seeds": evidence.p_seeds,
@@ -240,7 +254,13 @@ def list_remarks(arms: Sequence[Arm], split: str) -> list[str]:
         remarks.append("One seed each: these classifiers are compared, not ways to make them; --seeds 3 trains more.")
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{name} {n}" for name, n in counts.items())
-        remarks.append(f"Not all have the same number of seeds ({told}): of a single one the spread is not known.")
+        alone = " Where one has a single seed, the first ones alone are tested." if min(counts.values()) == 1 else ""
+        remarks.append(f"Not all have the same number of seeds ({told}).{alone}")
+    remarks += [
+        f"The seeds of {arm.name} differ widely (± {100 * spread:.0f} points): its mean, and tests of it, say little."
+        for arm in arms
+        if len(arm.runs) > 1 and (spread := stdev(arm.find_rights(split).mean(axis=1).tolist())) > WIDE
+    ]
     records = [run.record for arm in arms for run in arm.runs]
     devices = sorted({record.device for record in records})
     machines = {(record.environment.get("platform"), record.environment.get("cores")) for record in records}

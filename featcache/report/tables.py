@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from featcache.config import is_imported
+from featcache.errors import make_printable
 from featcache.wording import format_large, format_p_value, format_points
 
 MOST_COLUMNS = 5  # arms side by side; more become rows
@@ -102,6 +104,7 @@ def tabulate_pair(pair: Mapping[str, Any], *, several: bool) -> list[str]:
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned for a terminal: the first to the left, the others to the right."""
+    rows = [[make_printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -126,7 +129,7 @@ def format_markdown(summary: Mapping[str, Any], figures: Sequence[tuple[str, str
         *([format_markdown_table(tabulate_pairs(summary))] if summary["pairs"] else []),
         INTERVALS_REMARK,
         "\n".join(notes),
-        *([f"    {summary['command']}"] if summary["command"] else []),
+        *([f"    {make_printable(summary['command'])}"] if summary["command"] else []),
         *(f"![{caption}]({file})" for caption, file in figures),
     ]
     return "\n\n".join(parts) + "\n"
@@ -145,7 +148,8 @@ def format_markdown_row(cells: Sequence[str]) -> str:
 
 def escape(text: str) -> str:
     """Names of files and classes must not become Markdown or HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    marked = re.sub(r"[\\`*\[\]|]", r"\\\g<0>", make_printable(text))
+    return marked.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def format_bytes(n: int | None) -> str:

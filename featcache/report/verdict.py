@@ -110,7 +110,7 @@ def say_test(pair: PairNumbers) -> str:
 def say_limit(pair: PairNumbers) -> str:
     """What could have been shown."""
     if pair["detectable_difference"] is None:
-        return "So few images can show no difference at all."
+        return "So few images and seeds can show no difference at all."
     return f"So many images mostly show differences of {say_size(pair['detectable_difference'])} and more."
 
 

@@ -231,7 +231,7 @@ def audit(
     cache = read_cache(features)
     check_complete(cache, features)
     found = audit_cache(cache, config, progress, path=Path(features), output=output)
-    with files.fill_folder(output) as folder:
+    with files.fill_files(output) as folder:
         write_audit(folder, found)
     return found
 

@@ -20,10 +20,11 @@ from featcache.dataset import describe_data
 from featcache.errors import BadImage, OutputError, RunError, SettingsError
 from featcache.progress import SILENT, Once, Progress
 from featcache.report import Arm, SeedRun, format_table, summarise, tabulate
-from featcache.runs import Predictions, RunRecord, is_run, read_predictions, read_record
+from featcache.runs import PREDICTIONS, Predictions, RunRecord, is_run, read_predictions, read_record
 from featcache.stages.extract import Extraction, extract_features
 from featcache.stages.finetune import finetune
 from featcache.stages.plan_comparison import (
+    BUDGET_OF,
     CUT,
     REPORT_SECONDS,
     ArmPlan,
@@ -33,8 +34,11 @@ from featcache.stages.plan_comparison import (
     estimate_curve,
     find_run,
     finetune_settings,
+    fits,
     head_settings,
     is_curve_wanted,
+    is_cut,
+    list_wanted,
     make_plan,
     read_checkpoint,
     say_time,
@@ -42,7 +46,6 @@ from featcache.stages.plan_comparison import (
 from featcache.stages.train_head import train_head
 from featcache.stages.write_comparison import Material, find_remarks, write_comparison
 
-PREDICTIONS = {"val": "predictions.csv", "test": "predictions_test.csv"}
 LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
 LEAST_SECONDS = 5.0  # that a fine-tuning can be given
 
@@ -126,6 +129,7 @@ def compare(
     config = adopt_existing(stated, progress)
     clock = Clock(started, config.budget)
     plan = make_plan(data, output, config, progress)
+    check_apart(output, plan)
     if any(step.state != "reuse" for step in plan.steps if step.what != "report"):
         for line in plan.list_lines():
             progress.say(line)
@@ -292,7 +296,8 @@ def run_all(
         for i, arm in enumerate(order):
             extraction, runs = extractions[arm.source.path], groups[arm.name].runs
             if arm.kind == "head":
-                runs.append(provide_head(arm, number, extraction, config, progress))
+                if not number or clock.suffices(find_needed(runs[0])):
+                    runs.append(provide_head(arm, number, extraction, config, progress))
                 continue
             share = 1 if number else sum(other.kind == "finetune" for other in order[i:])
             allowance = Allowance.of(clock, share, find_needed(runs[0]) if number else None)
@@ -379,12 +384,14 @@ def provide_finetune(
     progress.say(f"{folder.name}: fine-tuning")
     settings = finetune_settings(arm, number, config) | {"features": str(extraction.path)}
     if allowance.seconds is not None:
-        check_cut(cut)
+        check_cut(folder, cut)
         settings["time_budget"] = max(allowance.seconds, LEAST_SECONDS) + find_spent(folder)
-    run = finetune(data, folder, progress=progress, **settings)
-    if allowance.seconds is None or "time_budget" not in run.record.settings:
+    if is_run(folder) and is_cut(read_record(folder)):  # killed before it was set aside
+        set_aside(folder, None if number or cut.exists() else cut)
+    run = finetune(data, folder, progress=progress, budget_of=BUDGET_OF, **settings)
+    if not is_cut(run.record):
         return run.folder
-    return set_aside(run.folder, cut) if not number else set_aside(run.folder, None)
+    return set_aside(folder, None if number else cut)
 
 
 def set_aside(folder: Path, cut: Path | None) -> Path | None:
@@ -398,11 +405,15 @@ def set_aside(folder: Path, cut: Path | None) -> Path | None:
     return cut
 
 
-def check_cut(cut: Path) -> None:
-    """Raise an OutputError if what lies in the place of a run that is cut short is none."""
-    if cut.exists() and not (is_run(cut) and "time_budget" in read_record(cut).settings):
+def check_cut(folder: Path, cut: Path) -> None:
+    """Raise an OutputError if what lies where a run is cut short, or is put then, must not be moved or replaced."""
+    for path in (folder, cut):
+        if path.is_symlink():
+            raise OutputError(f"{path} is a link, and --budget may have to move what it leads to; name other --runs")
+    if cut.exists() and not (is_run(cut) and is_cut(read_record(cut))):
         raise OutputError(
-            f"{cut} is there and is no fine-tune that a budget has cut short; move it, or set other --runs"
+            f"{cut} is there and is no fine-tune that a comparison's budget has cut short; move it, or name other "
+            f"--runs"
         )
 
 
@@ -410,8 +421,8 @@ def is_same_but_cut(
     arm: ArmPlan, cut: Path, config: CompareConfig, data: Mapping[str, Any], extractor: Mapping[str, Any]
 ) -> bool:
     """Whether a run that was cut short is of these images, weights and settings."""
-    other = replace(arm, name=f"{arm.name}{CUT}")
-    return find_run(other, 0, config, data, extractor) == cut
+    record = read_record(cut)
+    return is_cut(record) and fits(record, list_wanted(arm, 0, config), arm.kind, data, extractor)
 
 
 def find_spent(folder: Path) -> float:
@@ -447,6 +458,7 @@ def describe_way(record: RunRecord) -> dict[str, Any]:
         "settings": settings,
         "weights": record.extractor["weights"]["tensors_sha256"],
         "layer": record.extractor["layer"],
+        "preprocessing": record.extractor["preprocessing"],
         "images": record.data["fingerprints"],
     }
 
@@ -483,7 +495,7 @@ def load_run(folder: Path) -> SeedRun:
     found = {
         split: sort_by_path(read_predictions(folder / name, record.classes))
         for split, name in PREDICTIONS.items()
-        if split == "val" or (folder / name).is_file()
+        if split in record.accuracy
     }
     return SeedRun(run=str(folder), record=record, predictions=found)
 
@@ -521,9 +533,17 @@ def check_replaceable(output: Path) -> None:
         raise OutputError(f"{output} is there and is not a comparison; choose another place with -o")
 
 
+def check_apart(output: Path, plan: ComparisonPlan) -> None:
+    """Raise an OutputError if the report would lie in the middle of what it is made from."""
+    runs = {step.place.resolve(): step.what for step in plan.steps if step.what != "report"}
+    for place, what in {**runs, Path(plan.data).resolve(): "data set"}.items():
+        if output.resolve() == place:
+            raise OutputError(f"{output} is the place of the {what}; choose another one for the report with -o")
+
+
 def say_command(data: Path | str, output: Path, config: CompareConfig) -> str:
     """The command line that makes a comparison again."""
-    words = ["featcache", "compare", str(data)]
+    words = ["featcache", "compare"] + ([] if str(data).startswith("-") else [str(data)])
     usual = CompareConfig()
     for one in fields(config):
         value = getattr(config, one.name)
@@ -534,7 +554,7 @@ def say_command(data: Path | str, output: Path, config: CompareConfig) -> str:
             words.append(option if value else f"--no-{one.name}")
             continue
         for each in value if isinstance(value, tuple | list) else (value,):
-            words += [option, f"{each:g}" if isinstance(each, float) else str(each)]
+            words += [option, str(each)]
     if str(output) != f"{RUNS_DIR}/compare":
         words += ["-o", str(output)]
-    return shlex.join(words)
+    return shlex.join(words + (["--", str(data)] if str(data).startswith("-") else []))

@@ -77,6 +77,7 @@ def finetune(
     *,
     progress: Progress = SILENT,
     age: float = 0.0,
+    budget_of: str = "",
     **settings: Any,
 ) -> Run:
     """Train a network on the images of a folder, keep the weights of one epoch, and evaluate them.
@@ -97,6 +98,8 @@ def finetune(
         Told what is being done; one line an epoch.
     age
         Seconds that went by before this call and count for the time budget.
+    budget_of
+        Who set the time budget, if it is not the user's own; told in the record's details if it was spent.
     settings
         Fields of `featcache.config.FinetuneConfig`.
 
@@ -144,7 +147,7 @@ def finetune(
         job = prepare_job(data, output, config, given, device, processes, progress if processes.is_first else SILENT)
         if isinstance(job, Run):
             return job
-        job.meter, job.age = meter, age
+        job.meter, job.age, job.budget_of = meter, age, budget_of
         with explaining_failures(config):
             return do_job(job, memory)
 

@@ -13,9 +13,9 @@ from featcache.cache import check_complete, open_cache
 from featcache.config import RUNS_DIR, VIEWS, CompareConfig, ExtractConfig, FinetuneConfig, is_imported
 from featcache.dataset import Listing, describe_data
 from featcache.errors import CacheError, FeatcacheError, RunError
-from featcache.files import hash_bytes
+from featcache.files import canonical_json, hash_bytes
 from featcache.progress import SILENT, Progress
-from featcache.runs import RunRecord, is_run, read_record
+from featcache.runs import PREDICTIONS, RunRecord, is_run, read_history, read_predictions, read_record
 from featcache.stages.forecast import forecast_extraction
 from featcache.stages.forecast_training import forecast_training
 from featcache.stages.training_job import name_checkpoint
@@ -28,6 +28,7 @@ HEAD_SECONDS = 0.6  # of a head that has hardly any rows
 HEAD_RATE = 7e6  # images x features x classes a second that choosing C and fitting go through; measured on 2 cores
 CURVE_HEADS = 12  # times as long as a head takes its learning curve
 CURVE_SECONDS = 60.0  # up to which the report has a learning curve by itself
+BUDGET_OF = "featcache compare"  # what a fine-tune's record says that its budget has cut short
 CUT = "-cut"  # of the names of runs that a budget has cut short
 
 
@@ -341,11 +342,47 @@ def find_state(
 def find_run(
     arm: ArmPlan, number: int, config: CompareConfig, data: Mapping[str, Any], extractor: Mapping[str, Any]
 ) -> Path | None:
-    """The run of a seed, if one lies there that fits."""
+    """The run of a seed, if one lies there that fits and is whole.
+
+    Raises
+    ------
+    RunError
+        If it is damaged and `force` is not set.
+    """
     folder = arm.name_folder(Path(config.runs), number)
-    if is_run(folder) and fits(read_record(folder), list_wanted(arm, number, config), arm.kind, data, extractor):
-        return folder
-    return None
+    if not is_run(folder):
+        return None
+    try:
+        record = read_record(folder)
+        if not fits(record, list_wanted(arm, number, config), arm.kind, data, extractor):
+            return None
+        if is_cut(record):  # killed before it was set aside
+            return None
+        check_files(folder, record)
+    except RunError as error:
+        if config.force:
+            return None
+        raise RunError(f"{error}, or remove {folder}, or let --force make it again") from error
+    return folder
+
+
+def check_files(folder: Path, record: RunRecord) -> None:
+    """Raise a RunError if a report cannot be made of what a run's folder holds."""
+    for split in ("val", "test"):
+        if split in record.accuracy:
+            predictions = read_predictions(folder / PREDICTIONS[split], record.classes)
+            if len(predictions.paths) != record.accuracy[split]["n"]:
+                raise RunError(
+                    f"{folder / PREDICTIONS[split]} has {len(predictions.paths)} predictions, expected "
+                    f"{record.accuracy[split]['n']}; run it again"
+                )
+    if record.kind == "finetune":
+        read_history(folder / "history.csv")
+
+
+def is_cut(record: RunRecord) -> bool:
+    """Whether a comparison's budget has cut this fine-tune short."""
+    return record.details.get("budget_of") == BUDGET_OF
 
 
 def list_wanted(arm: ArmPlan, number: int, config: CompareConfig) -> dict[str, Any]:
@@ -372,10 +409,14 @@ def fits(
     record: RunRecord, wanted: Mapping[str, Any], kind: str, data: Mapping[str, Any], extractor: Mapping[str, Any]
 ) -> bool:
     """Whether a run is of this kind, of these images and weights, and contradicts nothing that is wanted."""
+    same = record.extractor["weights"]["tensors_sha256"] == extractor["weights"]["tensors_sha256"]
+    if kind == "head":  # of these very features, and of all training images
+        same = canonical_json(record.extractor) == canonical_json(extractor)
+        same = same and not any(record.settings.get(name) for name in ("shots", "fraction"))
     return (
         record.kind == kind
+        and same
         and record.data["fingerprints"] == data["fingerprints"]
-        and record.extractor["weights"]["tensors_sha256"] == extractor["weights"]["tensors_sha256"]
         and all(record.settings.get(name) == plain(value) for name, value in wanted.items())
     )
 

@@ -242,7 +242,7 @@ def write_ranking(
         feature_maps=[],
         root=Path(summary["data"]["folder"]),
     )
-    with files.fill_folder(output) as folder:
+    with files.fill_files(output) as folder:
         save_figure(draw_ranking(summary["arms"]), folder / FIGURE[1])
         (folder / MARKDOWN).write_text(format_ranking_markdown(summary, [FIGURE]), encoding="utf-8")
         (folder / NUMBERS).write_text(files.pretty_json(summary), encoding="utf-8")

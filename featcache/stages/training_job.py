@@ -51,6 +51,8 @@ class Job:
         Runs from the start of its training; None before.
     age
         Seconds before that which count for the time budget.
+    budget_of
+        Who set that budget, if it is not the user's own.
     """
 
     data: Path | str
@@ -69,6 +71,7 @@ class Job:
     meter: Meter = field(default_factory=Meter)
     training: Meter | None = None
     age: float = 0.0
+    budget_of: str = ""
 
     def count_seconds(self) -> float:
         """What all of it has taken up to now, with what was done before an interruption."""

@@ -110,6 +110,7 @@ def describe_run(trainee: Trainee, job: Job, training: Training, predictions: Ma
             "held_out": len(job.samples.watched) if config.select_on == "holdout" else 0,
             "images_per_second": measure_rate(training),
             "batch_norm": trainee.batch_norm[0],
+            **({"budget_of": job.budget_of} if job.budget_of and "budget" in training.stopped else {}),
         },
     )
 

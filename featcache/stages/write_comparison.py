@@ -74,7 +74,7 @@ def write_comparison(
         feature_maps=[] if cache is None else list_maps(cache, split, material.map),
         root=Path(arms[0].record.data["folder"]),
     )
-    with files.fill_folder(output) as folder:
+    with files.fill_files(output) as folder:
         draw_figures(folder, arms, summary)
         (folder / MARKDOWN).write_text(format_markdown(summary, FIGURES), encoding="utf-8")
         (folder / NUMBERS).write_text(files.pretty_json(summary), encoding="utf-8")
