@@ -21,8 +21,9 @@ from featcache.errors import OutputError, RunError, SettingsError, StaleCacheErr
 from featcache.report import describe_arm, describe_pairs, format_markdown, state_grounds, state_verdict
 from featcache.report.tables import escape
 from featcache.runs import is_run, read_record
-from featcache.stages.compare import Group, group_runs, load_arms, say_command
+from featcache.stages.compare import group_runs, load_arms, say_command
 from featcache.stages.plan_comparison import plan_comparison
+from featcache.stages.run_arms import Group
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -258,7 +259,7 @@ def test_a_killed_fine_tuning_is_in_the_plan_as_one_that_goes_on(
 def test_a_budget_leaves_seeds_out_and_cuts_the_first_one_short(
     photos: Path, tmp_path: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.stages.compare.REPORT_SECONDS", 1.0)
+    monkeypatch.setattr("featcache.stages.run_arms.REPORT_SECONDS", 1.0)
     settings: dict[str, Any] = {**places, **TINY, "epochs": 100_000, "seeds": 3, "arms": ("head", "finetune:head")}
     comparison = featcache.compare(photos, tmp_path / "out", budget=12.0, **settings)
     head, cut = comparison.arms
@@ -282,7 +283,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_done(
 def test_heads_too_are_left_out_when_the_time_is_over(
     photos: Path, tmp_path: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.stages.compare.find_needed", lambda first: 1e9)
+    monkeypatch.setattr("featcache.stages.run_arms.find_needed", lambda first: 1e9)
     comparison = featcache.compare(photos, tmp_path / "out", arms=("head",), seeds=3, budget=60.0, **QUICK, **places)
     assert len(comparison.arms[0]["runs"]) == 1
     assert comparison.summary["remarks"] == ["The budget of 60.0 s sufficed for 1 of 3 seeds of head."]

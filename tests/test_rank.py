@@ -27,9 +27,10 @@ from featcache.report import (
     tabulate_ranking,
 )
 from featcache.runs import read_predictions
-from featcache.stages.compare import Group, load_arms
+from featcache.stages.compare import load_arms
 from featcache.stages.plan_comparison import make_slug, name_cache
 from featcache.stages.rank import name_run
+from featcache.stages.run_arms import Group
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_figures")
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,34 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import RUNS_DIR, CompareConfig, name_option
-from featcache.dataset import describe_data
-from featcache.errors import BadImage, OutputError, RunError, SettingsError
+from featcache.errors import BadImage, OutputError, RunError
 from featcache.progress import SILENT, Once, Progress
 from featcache.report import Arm, SeedRun, format_table, summarise, tabulate
-from featcache.runs import PREDICTIONS, Predictions, RunRecord, is_run, read_predictions, read_record
-from featcache.stages.extract import Extraction, extract_features
-from featcache.stages.finetune import finetune
+from featcache.runs import PREDICTIONS, Predictions, RunRecord, read_predictions, read_record
 from featcache.stages.plan_comparison import (
-    BUDGET_OF,
-    CUT,
-    REPORT_SECONDS,
-    ArmPlan,
     ComparisonPlan,
-    Source,
     adopt_existing,
     estimate_curve,
-    find_run,
-    finetune_settings,
-    fits,
-    head_settings,
     is_curve_wanted,
-    is_cut,
-    list_wanted,
     make_plan,
-    read_checkpoint,
-    say_time,
 )
-from featcache.stages.train_head import train_head
+from featcache.stages.run_arms import ArmRunner, Clock, Group, check_budget, extract_all, say_left_out
 from featcache.stages.write_comparison import Material, find_remarks, write_comparison
 
 LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
@@ -135,7 +117,7 @@ def compare(
             progress.say(line)
     check_budget(plan, clock)
     extractions = extract_all(data, plan, progress)
-    groups = run_all(data, plan, extractions, config, clock, progress)
+    groups = ArmRunner(data, plan, extractions, config, clock, progress).run_all()
     arms = load_arms(groups, [group.name for group in groups])
     first = extractions[plan.arms[0].source.path]
     curve = estimate_curve(first.cache.listing, first.cache.dim)
@@ -209,226 +191,6 @@ def finish(arms: Sequence[Arm], output: Path, material: Material, progress: Prog
         report=report,
         summary=summary,
     )
-
-
-# --- time -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clock:
-    """What is left of a budget.
-
-    Attributes
-    ----------
-    started
-        On the clock of `time.perf_counter`.
-    limit
-        Seconds that all may take; None if there is no budget.
-    """
-
-    started: float
-    limit: float | None
-
-    def find_left(self) -> float | None:
-        """Seconds until the report must be begun; None without a budget."""
-        return None if self.limit is None else self.limit - (time.perf_counter() - self.started) - REPORT_SECONDS
-
-    def suffices(self, seconds: float) -> bool:
-        """Whether there is so much time left."""
-        left = self.find_left()
-        return left is None or seconds < left
-
-
-def check_budget(plan: ComparisonPlan, clock: Clock) -> None:
-    """Raise a SettingsError if what cannot be cut short takes longer than there is time."""
-    left = clock.find_left()
-    if left is None:
-        return
-    needed = plan.find_seconds("extraction") + sum(
-        step.seconds or 0.0 for step in plan.steps if step.what == "head" and not step.number
-    )
-    trainings = sum(step.state != "reuse" for step in plan.steps if step.what == "finetune" and not step.number)
-    if (needed := needed + LEAST_SECONDS * trainings) > left:
-        raise SettingsError(
-            f"--budget is {plan.budget:g} s: expected {needed + REPORT_SECONDS:.0f} s or more, which extraction, "
-            f"heads, the first steps and the report take; `featcache extract` alone goes on where it was stopped"
-        )
-
-
-# --- doing it ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Runs of one arm, one a seed."""
-
-    name: str
-    runs: list[Path]
-
-
-def extract_all(data: Path | str, plan: ComparisonPlan, progress: Progress) -> dict[Path, Extraction]:
-    """The features that the arms learn from, by their file; views are added to rows that are there."""
-    extractions: dict[Path, Extraction] = {}
-    sources: dict[Path, Source] = {arm.source.path: arm.source for arm in plan.arms}
-    for path, source in sorted(sources.items(), key=lambda item: "views" in item[1].settings):
-        settings = dict(source.settings)
-        if "views" in settings and extractions:
-            wanted = settings.get("backbone")
-            settings["reuse"] = tuple(
-                str(done) for done in extractions if sources[done].settings.get("backbone") == wanted and done != path
-            )
-        extractions[path] = extract_features(data, path, progress=progress, **settings)
-    return extractions
-
-
-def run_all(
-    data: Path | str,
-    plan: ComparisonPlan,
-    extractions: Mapping[Path, Extraction],
-    config: CompareConfig,
-    clock: Clock,
-    progress: Progress,
-) -> list[Group]:
-    """Every arm with every seed: first one seed of each, heads before networks, so that a budget leaves no arm out."""
-    groups = {arm.name: Group(name=arm.name, runs=[]) for arm in plan.arms}
-    order = sorted(plan.arms, key=lambda arm: arm.kind != "head")
-    for number in range(plan.seeds):
-        for i, arm in enumerate(order):
-            extraction, runs = extractions[arm.source.path], groups[arm.name].runs
-            if arm.kind == "head":
-                if not number or clock.suffices(find_needed(runs[0])):
-                    runs.append(provide_head(arm, number, extraction, config, progress))
-                continue
-            share = 1 if number else sum(other.kind == "finetune" for other in order[i:])
-            allowance = Allowance.of(clock, share, find_needed(runs[0]) if number else None)
-            run = provide_finetune(data, arm, number, extraction, config, allowance, progress)
-            if run is not None:
-                runs.append(run)
-    return [groups[arm.name] for arm in plan.arms if groups[arm.name].runs]
-
-
-def say_left_out(groups: Sequence[Group], plan: ComparisonPlan) -> tuple[str, ...]:
-    """Remarks about seeds for which the budget did not suffice."""
-    budget = say_time(plan.budget or 0.0)
-    return tuple(
-        f"The budget of {budget} sufficed for {len(group.runs)} of {plan.seeds} seeds of {group.name}."
-        for group in groups
-        if len(group.runs) < plan.seeds
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allowance:
-    """How long a fine-tuning may take, None without a budget, and whether that is enough for a whole further seed."""
-
-    seconds: float | None
-    suffices: bool
-
-    @classmethod
-    def of(cls, clock: Clock, share: int, needed: float | None) -> Allowance:
-        """One part in `share` of what is left; `needed` is what another seed took."""
-        left = clock.find_left()
-        if left is None:
-            return cls(seconds=None, suffices=True)
-        return cls(seconds=left / share, suffices=needed is None or needed < left / share)
-
-
-def find_needed(first: Path) -> float:
-    """Seconds that another seed takes, from the first one's run; no time suffices where that was cut short itself."""
-    record = read_record(first)
-    if "time_budget" in record.settings:
-        return math.inf
-    return float(record.seconds["total"] - record.seconds.get("extraction", 0.0))
-
-
-def provide_head(arm: ArmPlan, number: int, extraction: Extraction, config: CompareConfig, progress: Progress) -> Path:
-    """A head's run: the one that lies there if it fits, else a new one."""
-    data, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
-    found = find_run(arm, number, config, data, extractor)
-    if found is not None:
-        progress.say(f"{arm.name}: {found} is reused")
-        return found
-    folder = arm.name_folder(Path(config.runs), number)
-    progress.say(f"{folder.name}: training on the cached features")
-    settings = head_settings(arm, number, config)
-    return train_head(extraction.path, folder, progress=progress, **settings).folder
-
-
-def provide_finetune(
-    data: Path | str,
-    arm: ArmPlan,
-    number: int,
-    extraction: Extraction,
-    config: CompareConfig,
-    allowance: Allowance,
-    progress: Progress,
-) -> Path | None:
-    """A fine-tuning run: the one that lies there if it fits, else a new one; None if there is no time for it.
-
-    One that a budget has cut short lies beside the place of the whole one, and counts only where there is a budget.
-    """
-    described, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
-    found = find_run(arm, number, config, described, extractor)
-    if found is not None:
-        progress.say(f"{arm.name}: {found} is reused")
-        return found
-    folder = arm.name_folder(Path(config.runs), number)
-    cut = folder.with_name(folder.name + CUT)
-    if allowance.seconds is not None and is_run(cut) and not number:
-        before = read_record(cut).settings.get("time_budget", 0.0)
-        if is_same_but_cut(arm, cut, config, described, extractor) and before >= LEAST_SHARE * allowance.seconds:
-            progress.say(f"{arm.name}: {cut} is reused")
-            return cut
-    if not allowance.suffices:
-        return None
-    progress.say(f"{folder.name}: fine-tuning")
-    settings = finetune_settings(arm, number, config) | {"features": str(extraction.path)}
-    if allowance.seconds is not None:
-        check_cut(folder, cut)
-        settings["time_budget"] = max(allowance.seconds, LEAST_SECONDS) + find_spent(folder)
-    if is_run(folder) and is_cut(read_record(folder)):  # killed before it was set aside
-        set_aside(folder, None if number or cut.exists() else cut)
-    run = finetune(data, folder, progress=progress, budget_of=BUDGET_OF, **settings)
-    if not is_cut(run.record):
-        return run.folder
-    return set_aside(folder, None if number else cut)
-
-
-def set_aside(folder: Path, cut: Path | None) -> Path | None:
-    """Move a run that was cut short out of the place of the whole one; without a place for it, it goes."""
-    if cut is None:
-        shutil.rmtree(folder)
-        return None
-    if cut.exists():
-        shutil.rmtree(cut)
-    folder.rename(cut)
-    return cut
-
-
-def check_cut(folder: Path, cut: Path) -> None:
-    """Raise an OutputError if what lies where a run is cut short, or is put then, must not be moved or replaced."""
-    for path in (folder, cut):
-        if path.is_symlink():
-            raise OutputError(f"{path} is a link, and --budget may have to move what it leads to; name other --runs")
-    if cut.exists() and not (is_run(cut) and is_cut(read_record(cut))):
-        raise OutputError(
-            f"{cut} is there and is no fine-tune that a comparison's budget has cut short; move it, or name other "
-            f"--runs"
-        )
-
-
-def is_same_but_cut(
-    arm: ArmPlan, cut: Path, config: CompareConfig, data: Mapping[str, Any], extractor: Mapping[str, Any]
-) -> bool:
-    """Whether a run that was cut short is of these images, weights and settings."""
-    record = read_record(cut)
-    return is_cut(record) and fits(record, list_wanted(arm, 0, config), arm.kind, data, extractor)
-
-
-def find_spent(folder: Path) -> float:
-    """Seconds that an interrupted run has spent already; they count for its own budget, and not for this one."""
-    found = read_checkpoint(folder)
-    return 0.0 if found is None else float(found["more"]["seconds"])
 
 
 # --- what was done ----------------------------------------------------------------------------------------------------

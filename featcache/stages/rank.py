@@ -27,9 +27,10 @@ from featcache.report import (
     summarise_ranking,
     tabulate_ranking,
 )
-from featcache.stages.compare import Group, check_replaceable, load_arms, say_command
+from featcache.stages.compare import check_replaceable, load_arms, say_command
 from featcache.stages.extract import extract_features
 from featcache.stages.plan_comparison import make_slug, name_cache
+from featcache.stages.run_arms import Group
 from featcache.stages.train_head import train_head
 from featcache.stages.write_comparison import MARKDOWN, NUMBERS, PAGE, find_remarks
 
