@@ -98,7 +98,7 @@ def find_cache(features: Path | None, arms: Sequence[Arm]) -> FeatureCache | Non
     except FeatcacheError:
         return None
     same = describe_data(cache.listing)["fingerprints"] == arms[0].record.data["fingerprints"]
-    return cache if same and not cache.provenance.get("bad_rows") else None
+    return cache if same else None
 
 
 def find_curve(
