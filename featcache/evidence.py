@@ -41,6 +41,8 @@ class Evidence:
         Accuracy of the first minus that of the second, the means over seeds.
     interval
         Of that difference, 95 %, for the sampling of the images: paired bootstrap.
+    interval_with_seeds
+        The same for the chance of images and seeds together; None where p_seeds is.
     mcnemar
         For the first seeds, the second ones, and so on: images that only the first, and only the second, gets right,
         and the exact test.
@@ -56,6 +58,7 @@ class Evidence:
 
     difference: float
     interval: tuple[float, float]
+    interval_with_seeds: tuple[float, float] | None
     mcnemar: tuple[tuple[int, int, float], ...]
     p_images: float
     p_seeds: float | None
@@ -79,9 +82,12 @@ def weigh(first: Rights, second: Rights, *, alpha: float = SIGNIFICANCE) -> Evid
     scores = score_images(first, second)
     p_images, p_seeds = sign_flip_test(scores), mixed_test(first, second)
     n_units = len(first) * len(second)
+    difference = float(first.mean() - second.mean())
+    margin = None if p_seeds is None else find_margin(list_variances(first, second), 0.05)
     return Evidence(
-        difference=float(first.mean() - second.mean()),
+        difference=difference,
         interval=bootstrap_interval(scores / n_units),
+        interval_with_seeds=None if margin is None else (max(difference - margin, -1.0), min(difference + margin, 1.0)),
         mcnemar=tuple(mcnemar_test(a, b) for a, b in zip(first, second, strict=False)),
         p_images=p_images,
         p_seeds=p_seeds,

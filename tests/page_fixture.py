@@ -161,6 +161,7 @@ def describe_pair(first: dict[str, Any], second: dict[str, Any], a: Predictions,
         "second": second["name"],
         "difference": difference,
         "interval": [difference - half, difference + half],
+        "interval_with_seeds": [difference - 2 * half, difference + 2 * half] if len(first["runs"]) > 1 else None,
         "mcnemar": [
             {
                 "seeds": [seed, seed],

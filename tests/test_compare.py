@@ -259,7 +259,8 @@ def test_a_killed_fine_tuning_is_in_the_plan_as_one_that_goes_on(
 def test_a_budget_leaves_seeds_out_and_cuts_the_first_one_short(
     photos: Path, tmp_path: Path, places: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.stages.run_arms.REPORT_SECONDS", 1.0)
+    for module in ("run_arms", "plan_comparison"):
+        monkeypatch.setattr(f"featcache.stages.{module}.REPORT_SECONDS", 1.0)
     settings: dict[str, Any] = {**places, **TINY, "epochs": 100_000, "seeds": 3, "arms": ("head", "finetune:head")}
     comparison = featcache.compare(photos, tmp_path / "out", budget=12.0, **settings)
     head, cut = comparison.arms
@@ -275,9 +276,15 @@ def test_a_budget_leaves_seeds_out_and_cuts_the_first_one_short(
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_done(
     photos: Path, tmp_path: Path, places: dict[str, str]
 ) -> None:
-    with pytest.raises(SettingsError, match="--budget is 2 s: expected"):
+    with pytest.raises(SettingsError, match="--budget is 2 s: expected 16 s or more"):
         featcache.compare(photos, tmp_path / "out", budget=2.0, **QUICK, **places)
+    with pytest.raises(SettingsError, match=r"--budget is 10 s, of which \d s are gone, and \d+ s are needed at least"):
+        featcache.compare(photos, tmp_path / "out", budget=10.0, **QUICK, **places)
     assert not (tmp_path / "features.h5").exists()
+    plan = plan_comparison(photos, budget=10.0, **QUICK, **places)
+    assert "the budget is too small" in plan.list_lines()[-1]
+    plan = plan_comparison(photos, budget=30.0, seeds=100, **QUICK, **places)
+    assert "not all of it fits" in plan.list_lines()[-1]
 
 
 def test_heads_too_are_left_out_when_the_time_is_over(

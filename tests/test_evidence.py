@@ -102,6 +102,19 @@ def test_seeds_that_are_all_the_same_leave_the_paired_t_test() -> None:
     assert repeated == pytest.approx(expected)
 
 
+def test_the_interval_with_seeds_holds_zero_just_where_the_test_shows_nothing() -> None:
+    rng, shown = np.random.default_rng(8), 0
+    for _ in range(200):
+        first, second = draw(rng, 200, (0.95, 0.88), seeds=(3, 3), seed_spread=0.1)
+        evidence = weigh(first, second)
+        assert evidence.interval_with_seeds is not None
+        assert evidence.p_seeds is not None
+        low, high = evidence.interval_with_seeds
+        assert (low > 0 or high < 0) == (evidence.p_seeds < 0.05)
+        shown += evidence.p_seeds < 0.05
+    assert 20 < shown < 180
+
+
 def test_without_a_second_seed_nothing_is_said_of_seeds() -> None:
     first, second = draw(np.random.default_rng(5), 50, (0.9, 0.8))
     assert mixed_test(first, second) is None
@@ -174,6 +187,7 @@ def test_several_arms_that_do_not_differ_make_no_more_false_alarms_than_two() ->
             Evidence(
                 difference=float(a.mean() - b.mean()),
                 interval=(0, 0),
+                interval_with_seeds=None,
                 mcnemar=(),
                 p_images=(p_value := find_p_value(a, b)),
                 p_seeds=None,

@@ -270,6 +270,9 @@ def test_the_interval_of_a_difference_lies_where_it_should() -> None:
     row = figure["rows"][0]
     assert figure["zero"] == 50
     assert row["low"] < 50 < row["at"] < row["high"]
+    assert row["wide"] == [row["low"], row["high"]]
+    wider = figures.draw_differences([{**pair, "interval_with_seeds": [-0.06, 0.08]}])["rows"][0]
+    assert wider["wide"][0] < wider["low"] < 50 < wider["high"] < wider["wide"][1]
     assert row["blind"][0] + row["blind"][1] == pytest.approx(100)
     assert "holds zero" in row["words"]
 

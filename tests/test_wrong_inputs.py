@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "backbones: unknown kind": ("backbones --kind audio", "'audio' is not one of"),
     "compare: backbone twice": (
         "compare {photos} --backbone tiny --backbone tiny --weights none",
-        "a backbone is named twice: expected each once",
+        "expected each once",
     ),
     "compare: epochs of heads": (
         "compare {photos} --backbone tiny --backbone resnet18 --epochs 3",

@@ -25,7 +25,7 @@ from featcache.cli.common import (
     store_option,
 )
 from featcache.config import MAPS, MAX_REPEATS, MAX_VIEWS, RUNS_DIR, SOLVERS, CompareConfig, name_option
-from featcache.errors import SettingsError, make_printable
+from featcache.errors import InputError, SettingsError, make_printable
 
 HEAD_OPTIONS = ("solver", "C", "seed")
 DATA_OPTIONS = (
@@ -55,7 +55,7 @@ arm_options = combine(
            help="A way to compare, repeatable: head[:SOLVER], views[:SOLVER] (a head on augmented views too), "
            "finetune[:MODE].  [default: head, finetune]"),
     option("--seeds", type=click.IntRange(1, MAX_REPEATS), default=None, metavar="N",
-           help="Train every arm so often, on the same images.  [default: 1]"),
+           help="How often each arm is trained, on the same images; 3 and more tell how much it varies.  [default: 1]"),
     option("--budget", type=Duration(), default=None, metavar="TIME",
            help="Be done within 10m or 1.5h: with fewer seeds, and cut short if need be."),
     option("--dry-run", is_flag=True, help="Only say what is there, what would be made, and how long it takes."),
@@ -133,9 +133,10 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
 
 def print_plan(targets: tuple[str, ...], output: str, settings: dict[str, Any], as_json: bool) -> int:
     """`featcache compare DATA --dry-run`."""
+    from featcache.runs import is_run
     from featcache.stages.plan_comparison import plan_comparison
 
-    if len(targets) > 1 or not Path(targets[0]).is_dir():
+    if len(targets) > 1 or Path(targets[0]).is_file() or is_run(Path(targets[0])):
         raise SettingsError("--dry-run is for one folder of images: finished runs and caches are compared at once")
     plan = plan_comparison(targets[0], output, progress=TerminalProgress(), **drop_unstated(settings))
     if as_json:
@@ -148,12 +149,15 @@ def print_plan(targets: tuple[str, ...], output: str, settings: dict[str, Any], 
 
 def run_comparison(targets: tuple[str, ...], output: str, settings: dict[str, Any]) -> Comparison | Ranking:
     """The stage that the targets ask for."""
+    CompareConfig(**drop_unstated(settings))  # a mistake in them is told of before anything is loaded
     from featcache.processes import measure_age
     from featcache.runs import is_run
     from featcache.stages.compare import compare, compare_runs
     from featcache.stages.rank import rank_backbones, rank_caches
 
     progress = TerminalProgress()
+    if missing := [target for target in targets if not Path(target).exists()]:
+        raise InputError(f"{missing[0]} does not exist: expected a folder of images, runs, or caches")
     if all(Path(target).is_file() for target in targets):
         check_unstated(settings, HEAD_OPTIONS, "caches are ranked by new heads on what they hold")
         head = {name: settings[name] for name in ("solver", "C", "seed") if settings[name] is not None}

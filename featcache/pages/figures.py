@@ -43,7 +43,8 @@ def draw_intervals(arms: Sequence[Mapping[str, Any]]) -> list[Figure]:
 def draw_differences(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     """Each pair's difference with its interval around zero, to the right where the first is better."""
     blind: list[float] = [pair["detectable_difference"] or 0.0 for pair in pairs]
-    ends = [abs(end) for pair in pairs for end in (*pair["interval"], pair["difference"])]
+    wide = [pair.get("interval_with_seeds") or pair["interval"] for pair in pairs]
+    ends = [abs(end) for pair, outer in zip(pairs, wide, strict=True) for end in (*pair["interval"], *outer)]
     reach = max([*ends, *blind, 0.01])
     axis = make_axis([-reach, reach], _label_points)
     rows = [
@@ -52,17 +53,18 @@ def draw_differences(pairs: Sequence[Mapping[str, Any]]) -> Figure:
             "at": axis.place(pair["difference"]),
             "low": axis.place(pair["interval"][0]),
             "high": axis.place(pair["interval"][1]),
+            "wide": [axis.place(end) for end in outer],
             "blind": [axis.place(-one), axis.place(one)],
             "words": say_difference(pair),
         }
-        for pair, one in zip(pairs, blind, strict=True)
+        for pair, one, outer in zip(pairs, blind, wide, strict=True)
     ]
     return {"x": axis, "zero": axis.place(0.0), "rows": rows}
 
 
 def say_difference(pair: Mapping[str, Any]) -> str:
     """A difference with its interval, in a sentence."""
-    low, high = pair["interval"]
+    low, high = pair.get("interval_with_seeds") or pair["interval"]
     return (
         f"accuracy of {pair['first']} minus that of {pair['second']}: {format_points(pair['difference'])}, 95 % "
         f"interval {format_points(low, unit=False)} to {format_points(high, unit=False)}; "

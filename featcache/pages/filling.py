@@ -106,9 +106,11 @@ def format_date(text: str) -> str:
 
 
 def make_sentence(text: str) -> str:
-    """A remark with a capital and a full stop.
+    """A remark with a capital, unless it begins with a name, and a full stop.
 
-    >>> make_sentence("no augmentation")
-    'No augmentation.'
+    >>> make_sentence("no augmentation"), make_sentence("efficientnet_lite0 was trained")
+    ('No augmentation.', 'efficientnet_lite0 was trained.')
     """
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    first = text.split(maxsplit=1)[0].rstrip(",.:;") if text.strip() else ""
+    is_word = first.removesuffix("'s").isalpha() and first not in ("sgd", "adamw")
+    return (text[:1].upper() + text[1:] if is_word else text) + ("" if text.endswith((".", "!", "?")) else ".")

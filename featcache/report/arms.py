@@ -16,10 +16,12 @@ from featcache.evidence import SIGNIFICANCE, Evidence, claim, weigh
 from featcache.metrics import measure_probabilities, wilson_interval
 from featcache.report.verdict import join_words, state_grounds, state_verdict
 from featcache.runs import Predictions, RunRecord
+from featcache.wording import format_seconds
 
 SCHEMA = 2
 NO_STAGES = ("total", "per_epoch", "draws", "curve")  # of a record's seconds: sums, and what was found out beside it
 HEADS = (1, 10, 100)
+UNEVEN = 2.0  # times as long as the fastest the slowest seed takes, from which that is said
 WIDE = 0.05  # standard deviation over seeds from which they are said to differ widely
 
 
@@ -226,6 +228,7 @@ def describe_pair(
         "second": second.name,
         "difference": evidence.difference,
         "interval": list(evidence.interval),
+        "interval_with_seeds": evidence.interval_with_seeds and list(evidence.interval_with_seeds),
         "mcnemar": [
             {"seeds": [one.seed, other.seed], "only_first_right": a, "only_second_right": b, "p_value": p}
             for one, other, (a, b, p) in zip(first.runs, second.runs, evidence.mcnemar, strict=False)
@@ -262,6 +265,13 @@ def list_remarks(arms: Sequence[Arm], split: str) -> list[str]:
         if len(arm.runs) > 1 and (spread := stdev(arm.find_rights(split).mean(axis=1).tolist())) > WIDE
     ]
     records = [run.record for arm in arms for run in arm.runs]
+    for arm in arms:
+        seconds = [run.record.seconds["total"] for run in arm.runs]
+        if max(seconds) > UNEVEN * min(seconds):
+            told = f"{format_seconds(min(seconds))} to {format_seconds(max(seconds))}"
+            remarks.append(
+                f"The seeds of {arm.name} took {told}: the machine was busy with other things, or is uneven."
+            )
     devices = sorted({record.device for record in records})
     machines = {(record.environment.get("platform"), record.environment.get("cores")) for record in records}
     if len(devices) > 1 or len(machines) > 1:

@@ -12,8 +12,9 @@ from featcache.wording import format_large, format_p_value, format_points
 
 MOST_COLUMNS = 5  # arms side by side; more become rows
 INTERVALS_REMARK = (
-    "Accuracies are means over seeds, ± the standard deviation over them. Their intervals are Wilson's, those of "
-    "differences from a paired bootstrap, both at 95 % and for the sampling of the images alone."
+    "Accuracies are means over seeds, ± the standard deviation over them; their intervals are Wilson's, at 95 %, for "
+    "the sampling of the images alone. Those of differences are for images and seeds together where there are several "
+    "seeds, else from a paired bootstrap over the images."
 )
 
 Row = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -90,7 +91,7 @@ def tabulate_pairs(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def tabulate_pair(pair: Mapping[str, Any], *, several: bool) -> list[str]:
     """A row of the table above."""
-    low, high = (format_points(bound, unit=False) for bound in pair["interval"])
+    low, high = (format_points(bound, unit=False) for bound in pair["interval_with_seeds"] or pair["interval"])
     detectable = pair["detectable_difference"]
     return [
         f"{pair['first']} - {pair['second']}",

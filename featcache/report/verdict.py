@@ -29,6 +29,10 @@ def state_verdict(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> s
         why = "was chosen on the very images that are reported, which flatters it"
         return f"Nothing can be said of {names}: {winner} {why}."
     which = f"{arms[0]['name']} and {arms[1]['name']}" if len(arms) == 2 else f"any of the {len(arms)} ways"
+    if any(is_hidden_by_seeds(pair) for pair in pairs):
+        n = min(len(arm["runs"]) for arm in arms)
+        claim = f"With {n} seeds each no difference between {which} can be shown"
+        return f"{claim}, though the {images} alone would show one: more seeds can tell."
     return f"No difference between {which} can be shown on {images}{say_saving(arms, pairs)}."
 
 
@@ -42,10 +46,10 @@ def state_grounds(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> s
 
 def state_pair(arms: Sequence[ArmNumbers], pair: PairNumbers) -> str:
     """Of two arms."""
-    low, high = (format_points(bound, unit=False) for bound in pair["interval"])
+    limit = "" if pair["claim"] != "none" else f" {say_limit(pair, arms[0]['images'])}"
     return (
         f"{say_share(arms[0])} and {say_share(arms[1])} are right{say_seeds(arms)}, a difference of "
-        f"{format_points(pair['difference'])} (95 % interval {low} to {high}; {say_test(pair)}). {say_limit(pair)}"
+        f"{format_points(pair['difference'])} (95 % interval {say_interval(pair)}; {say_test(pair)}).{limit}"
     )
 
 
@@ -92,7 +96,9 @@ def say_saving(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> str:
     cheap, dear = min(candidates, key=total), max(arms, key=total)
     if cheap is dear or not total(cheap) or total(dear) / total(cheap) < 1.2:
         return ""
-    share = f"{cheap['name']} took 1/{total(dear) / total(cheap):,.3g} of the time"
+    ratio = total(dear) / total(cheap)
+    part = f"{1 / ratio:.0%}" if ratio < 10 else f"1/{ratio:,.0f}"
+    share = f"{cheap['name']} took {part} of the time"
     return f"; {share}" if len(arms) == 2 else f"; {share} of {dear['name']}"
 
 
@@ -102,16 +108,31 @@ def say_test(pair: PairNumbers) -> str:
     equal = p_value if p_value.startswith("<") else f"= {p_value}"
     if pair["p_seeds"] is None:
         one = pair["mcnemar"][0]
+        if not one["only_first_right"] and not one["only_second_right"]:
+            return f"they are right about the same images; exact McNemar p {equal}"
         only = f"{one['only_first_right']} images only {pair['first']} gets right, {one['only_second_right']} only"
         return f"{only} {pair['second']}; exact McNemar p {equal}"
     return f"p {equal} for images and seeds together"
 
 
-def say_limit(pair: PairNumbers) -> str:
+def is_hidden_by_seeds(pair: PairNumbers) -> bool:
+    """Whether the images alone would show a difference, and too few or too different seeds do not."""
+    return pair["claim"] == "none" and pair["p_seeds"] is not None and pair["p_images"] < 0.05 <= pair["p_seeds"]
+
+
+def say_interval(pair: PairNumbers) -> str:
+    """The interval of a difference, with the seeds in it where there are several."""
+    with_seeds = pair["interval_with_seeds"]
+    low, high = (format_points(bound, unit=False) for bound in with_seeds or pair["interval"])
+    return f"{low} to {high}"
+
+
+def say_limit(pair: PairNumbers, n_images: int) -> str:
     """What could have been shown."""
+    what = f"{n_images:,} images" + (" and so many seeds" if pair["p_seeds"] is not None else "")
     if pair["detectable_difference"] is None:
-        return "So few images and seeds can show no difference at all."
-    return f"So many images mostly show differences of {say_size(pair['detectable_difference'])} and more."
+        return f"With {what} no difference at all would be found."
+    return f"With {what}, one of {say_size(pair['detectable_difference'])} or more would mostly be found."
 
 
 def say_share(arm: ArmNumbers) -> str:

@@ -25,7 +25,15 @@ from featcache.stages.plan_comparison import (
     is_curve_wanted,
     make_plan,
 )
-from featcache.stages.run_arms import ArmRunner, Clock, Group, check_budget, extract_all, say_left_out
+from featcache.stages.run_arms import (
+    ArmRunner,
+    Clock,
+    Group,
+    check_budget,
+    check_budget_alone,
+    extract_all,
+    say_left_out,
+)
 from featcache.stages.write_comparison import Material, find_remarks, write_comparison
 
 LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
@@ -110,6 +118,7 @@ def compare(
     check_replaceable(output)
     config = adopt_existing(stated, progress)
     clock = Clock(started, config.budget)
+    check_budget_alone(clock)
     plan = make_plan(data, output, config, progress)
     check_apart(output, plan)
     if any(step.state != "reuse" for step in plan.steps if step.what != "report"):

@@ -24,6 +24,7 @@ from featcache.wording import format_seconds
 
 DEFAULT_VIEWS = 4
 REPORT_SECONDS = 8.0  # that the figures, thumbnails and the page take
+LEAST_SECONDS = 5.0  # that a fine-tuning can be given
 HEAD_SECONDS = 0.6  # of a head that has hardly any rows
 HEAD_RATE = 7e6  # images x features x classes a second that choosing C and fitting go through; measured on 2 cores
 CURVE_HEADS = 12  # times as long as a head takes its learning curve
@@ -135,6 +136,12 @@ class ComparisonPlan:
         """About how long all steps of a kind take."""
         return sum(step.seconds or 0.0 for step in self.steps if step.what == what)
 
+    def find_least(self) -> float:
+        """About how long it takes at least: features, one head of each arm, a few steps of each network, the report."""
+        heads = sum(step.seconds or 0.0 for step in self.steps if step.what == "head" and not step.number)
+        missing = [step for step in self.steps if step.what == "finetune" and step.state != "reuse" and not step.number]
+        return self.find_seconds("extraction") + heads + LEAST_SECONDS * len(missing) + REPORT_SECONDS
+
     def list_lines(self) -> list[str]:
         """The plan for people."""
         n = len(self.arms)
@@ -145,7 +152,12 @@ class ComparisonPlan:
         words = [(step.what, str(step.place), say_state(step)) for step in self.steps]
         widths = [max(len(row[i]) for row in words) for i in range(2)]
         rows = [f"  {what:<{widths[0]}}  {place:<{widths[1]}}  {state}" for what, place, state in words]
-        return [f"plan: {n} arm{'s' if n > 1 else ''}{seeds}, {about}{budget}", *rows]
+        rows = [f"plan: {n} arm{'s' if n > 1 else ''}{seeds}, {about}{budget}", *rows]
+        if self.budget is not None and self.find_least() > self.budget:
+            rows.append(f"  the budget is too small: {say_time(self.find_least())} are needed at least")
+        elif self.budget is not None and self.seconds > self.budget:
+            rows.append("  not all of it fits: further seeds are left out then, and fine-tuning is cut short")
+        return rows
 
     def describe(self) -> dict[str, Any]:
         """As plain values; see docs/json.md."""

@@ -19,6 +19,7 @@ from featcache.stages.finetune import finetune
 from featcache.stages.plan_comparison import (
     BUDGET_OF,
     CUT,
+    LEAST_SECONDS,
     REPORT_SECONDS,
     ArmPlan,
     ComparisonPlan,
@@ -35,7 +36,6 @@ from featcache.stages.plan_comparison import (
 from featcache.stages.train_head import train_head
 
 LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
-LEAST_SECONDS = 5.0  # that a fine-tuning can be given
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,25 @@ class Clock:
         return left is None or seconds < left
 
 
+def check_budget_alone(clock: Clock) -> None:
+    """Raise a SettingsError if the report alone takes longer."""
+    if not clock.suffices(0.0):
+        raise SettingsError(
+            f"--budget is {clock.limit:g} s: expected {2 * REPORT_SECONDS:.0f} s or more, as the start and the report "
+            f"alone take that long"
+        )
+
+
 def check_budget(plan: ComparisonPlan, clock: Clock) -> None:
     """Raise a SettingsError if what cannot be cut short takes longer than there is time."""
     left = clock.find_left()
     if left is None:
         return
-    needed = plan.find_seconds("extraction") + sum(
-        step.seconds or 0.0 for step in plan.steps if step.what == "head" and not step.number
-    )
-    trainings = sum(step.state != "reuse" for step in plan.steps if step.what == "finetune" and not step.number)
-    if (needed := needed + LEAST_SECONDS * trainings) > left:
+    if (least := plan.find_least()) > left + REPORT_SECONDS:
+        gone = time.perf_counter() - clock.started
         raise SettingsError(
-            f"--budget is {plan.budget:g} s: expected {needed + REPORT_SECONDS:.0f} s or more, which extraction, "
-            f"heads, the first steps and the report take; `featcache extract` alone goes on where it was stopped"
+            f"--budget is {plan.budget:g} s, of which {gone:.0f} s are gone, and {least:.0f} s are needed at least for "
+            f"extraction, heads, first steps and the report: expected --budget {math.ceil(gone + least) + 2}s or more"
         )
 
 

@@ -29,6 +29,7 @@ from featcache.errors import (
     DatasetError,
     FeatcacheError,
     ImageError,
+    InputError,
     RunError,
     SettingsError,
 )
@@ -141,6 +142,10 @@ def show(
         window=window,
     )
     target = Path(target)
+    if not target.exists():
+        raise InputError(f"{target} does not exist: expected a folder of images, an image, a cache or a run")
+    if (target / "compare.json").is_file():
+        raise InputError(f"{target} is a comparison: open {target / 'report.html'}")
     kind = find_kind(target, config)
     check_use(target, kind, config)
     path = choose_output(target, kind, output, config)
