@@ -341,8 +341,8 @@ def test_the_grounds_of_the_verdict_are_its_numbers() -> None:
     assert state_ranking_grounds([a, b, c]) == (
         "a has the most right, 90.0%, next is b with 88.0%: a difference of +2.0 points (95 % interval "
         "\N{MINUS SIGN}3.0 to +7.0; exact McNemar p = 0.6, adjusted by Holm for 2 others). It is shown to be better "
-        "than 1 of them. With 100 images, one of 8.0 points or more would mostly be found. Extraction took 2.0 s with "
-        "b, 10.0 s with a."
+        "than 1 of them. With 100 images, a difference of 8.0 points or more would mostly be found. Extraction took "
+        "2.0 s with b, 10.0 s with a."
     )
 
 

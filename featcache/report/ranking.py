@@ -106,7 +106,7 @@ def state_ranking_grounds(arms: Sequence[Mapping[str, Any]]) -> str:
         f"{p_value if p_value.startswith('<') else f'= {p_value}'}, adjusted by Holm for {len(others)} others)."
     )
     several = f"It is shown to be better than {worse} of them." if 0 < worse < len(others) else ""
-    limit = say_limit(pair, int(first["images"])) if pair["claim"] == "none" else ""
+    limit = say_limit(pair, arms) if pair["claim"] == "none" else ""
     return " ".join(part for part in (said, several, limit, _say_extraction(arms)) if part)
 
 

@@ -46,7 +46,7 @@ def state_grounds(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> s
 
 def state_pair(arms: Sequence[ArmNumbers], pair: PairNumbers) -> str:
     """Of two arms."""
-    limit = "" if pair["claim"] != "none" else f" {say_limit(pair, arms[0]['images'])}"
+    limit = "" if pair["claim"] != "none" else f" {say_limit(pair, arms)}"
     return (
         f"{say_share(arms[0])} and {say_share(arms[1])} are right{say_seeds(arms)}, a difference of "
         f"{format_points(pair['difference'])} (95 % interval {say_interval(pair)}; {say_test(pair)}).{limit}"
@@ -127,12 +127,13 @@ def say_interval(pair: PairNumbers) -> str:
     return f"{low} to {high}"
 
 
-def say_limit(pair: PairNumbers, n_images: int) -> str:
+def say_limit(pair: PairNumbers, arms: Sequence[ArmNumbers]) -> str:
     """What could have been shown."""
-    what = f"{n_images:,} images" + (" and so many seeds" if pair["p_seeds"] is not None else "")
+    n_seeds = min(len(arm["runs"]) for arm in arms)
+    what = f"{arms[0]['images']:,} images" + (f" and {n_seeds} seeds each" if pair["p_seeds"] is not None else "")
     if pair["detectable_difference"] is None:
-        return f"With {what} no difference at all would be found."
-    return f"With {what}, one of {say_size(pair['detectable_difference'])} or more would mostly be found."
+        return f"With {what}, no difference at all would be found."
+    return f"With {what}, a difference of {say_size(pair['detectable_difference'])} or more would mostly be found."
 
 
 def say_share(arm: ArmNumbers) -> str:
