@@ -267,6 +267,12 @@ def test_a_budget_leaves_seeds_out_and_cuts_the_first_one_short(
     assert (len(head["runs"]), len(cut["runs"])) == (3, 1)
     assert cut["runs"][0]["run"].endswith("finetune-head-cut")
     assert "stopped in" in cut["title"]
+    assert (head["cut_short"], cut["cut_short"]) == (False, True)
+    assert "head and finetune-head (cut short)" in comparison.verdict
+    assert (
+        "A time budget cut finetune-head short: what it could have reached is not known."
+        in (comparison.summary["remarks"])
+    )
     assert "The budget of 12.0 s sufficed for 1 of 3 seeds of finetune-head." in comparison.summary["remarks"]
     assert not is_run(tmp_path / "runs/finetune-head")
     again = featcache.compare(photos, tmp_path / "out", budget=12.0, **settings)

@@ -74,6 +74,10 @@ class Arm:
         predictions = [run.predictions[split] for run in self.runs]
         return np.stack([one.labels == one.predicted for one in predictions])
 
+    def is_cut_short(self) -> bool:
+        """Whether a time budget ended the training of a seed before all its epochs."""
+        return any("time_budget" in run.record.settings for run in self.runs)
+
     def is_optimistic(self, split: str) -> bool:
         """Whether the images that are reported had a say in what was kept."""
         if split != "val":
@@ -153,6 +157,7 @@ def describe_arm(arm: Arm, split: str = "val") -> dict[str, Any]:
         "cost": describe_cost(arm),
         "selection": record.selection,
         "optimistic": arm.is_optimistic(split),
+        "cut_short": arm.is_cut_short(),
         "notes": list(dict.fromkeys(note for run in arm.runs for note in run.record.notes)),
     }
 
@@ -249,6 +254,11 @@ def list_remarks(arms: Sequence[Arm], split: str) -> list[str]:
         f"{arm.name} was chosen on the very images that are reported: its accuracy is optimistic."
         for arm in arms
         if arm.is_optimistic(split)
+    ]
+    remarks += [
+        f"A time budget cut {arm.name} short: what it could have reached is not known."
+        for arm in arms
+        if arm.is_cut_short()
     ]
     if imported := [arm.name for arm in arms if is_imported(arm.record.extractor["backbone"])]:
         remarks.append(f"What it cost to make the features of {join_words(imported)} is not known and not counted.")

@@ -17,10 +17,14 @@ def state_verdict(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> s
     images = f"{arms[0]['images']:,} images"
     if not pairs:
         return f"{arms[0]['name']}: {say_share(arms[0])} of {images} are right; there is nothing to compare it with."
+    called = {arm["name"]: arm["name"] + (" (cut short)" if arm["cut_short"] else "") for arm in arms}
     beaten = list_beaten(pairs)
     flattered = [pair for pair in pairs if pair["flattered"]]
     if beaten:
-        claims = "; ".join(f"{name} is better than {join_words(worse)}" for name, worse in beaten.items())
+        claims = "; ".join(
+            f"{called[name]} is better than {join_words([called[one] for one in worse])}"
+            for name, worse in beaten.items()
+        )
         by = f", by {say_size(pairs[0]['difference'])}" if len(arms) == 2 else ""
         return f"{claims} on these {images}{by}{say_saving(arms, pairs)}."
     if flattered:
@@ -28,7 +32,7 @@ def state_verdict(arms: Sequence[ArmNumbers], pairs: Sequence[PairNumbers]) -> s
         names = join_words([arm["name"] for arm in arms])
         why = "was chosen on the very images that are reported, which flatters it"
         return f"Nothing can be said of {names}: {winner} {why}."
-    which = f"{arms[0]['name']} and {arms[1]['name']}" if len(arms) == 2 else f"any of the {len(arms)} ways"
+    which = join_words(list(called.values())) if len(arms) == 2 else f"any of the {len(arms)} ways"
     if any(is_hidden_by_seeds(pair) for pair in pairs):
         n = min(len(arm["runs"]) for arm in arms)
         claim = f"With {n} seeds each no difference between {which} can be shown"
