@@ -15,6 +15,7 @@ from scipy.special import softmax
 from scipy.stats import binomtest
 
 Labels = NDArray[np.int64]
+N_BINS = 15  # of confidence
 MANY_CLASSES = 10  # above which it is of interest whether the right one is among the first five
 
 
@@ -60,7 +61,7 @@ def measure_probabilities(labels: Labels, probabilities: NDArray[np.float64]) ->
     return measured
 
 
-def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.float64], n_bins: int = 15) -> float:
+def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.float64], n_bins: int = N_BINS) -> float:
     """Expected calibration error: how far confidence (N,) is from the share that is right, in bins of equal width.
 
     Source: M. P. Naeini, G. F. Cooper and M. Hauskrecht, Obtaining well calibrated probabilities using Bayesian
@@ -69,9 +70,59 @@ def calibration_error(right: NDArray[np.bool_], confidence: NDArray[np.float64],
     >>> calibration_error(np.array([True, False]), np.array([0.9, 0.9]))
     0.4
     """
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    surplus = np.bincount(bins, weights=confidence - right, minlength=n_bins)
+    surplus = np.bincount(find_bins(confidence, n_bins), weights=confidence - right, minlength=n_bins)
     return float(np.abs(surplus).sum() / len(right))
+
+
+def find_bins(confidence: NDArray[np.float64], n_bins: int) -> NDArray[np.int64]:
+    """(N,): in which of the bins of equal width each confidence is."""
+    return np.clip((confidence * n_bins).astype(np.int64), 0, n_bins - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Predictions of about the same confidence.
+
+    Attributes
+    ----------
+    low, high
+        The confidences that belong here.
+    n
+        Predictions.
+    confidence, right
+        Their mean confidence, and the share that is right.
+    interval
+        Of that share, Wilson's at 95 %.
+    """
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    right: float
+    interval: tuple[float, float]
+
+
+def bin_confidences(right: NDArray[np.bool_], confidence: NDArray[np.float64], n_bins: int = N_BINS) -> list[Bin]:
+    """N predictions by confidence in bins of equal width, those that hold any: a reliability diagram.
+
+    Source: M. H. DeGroot and S. E. Fienberg, The comparison and evaluation of forecasters, The Statistician 32 (1983).
+    """
+    bins, found = find_bins(confidence, n_bins), []
+    for k in np.unique(bins).tolist():
+        own = bins == k
+        n, hits = int(own.sum()), int(right[own].sum())
+        found.append(
+            Bin(
+                low=k / n_bins,
+                high=(k + 1) / n_bins,
+                n=n,
+                confidence=float(confidence[own].mean()),
+                right=hits / n,
+                interval=wilson_interval(hits, n),
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +166,32 @@ def confusion_matrix(labels: Labels, predictions: Labels, n_classes: int) -> NDA
     """
     counts = np.bincount(labels * n_classes + predictions, minlength=n_classes * n_classes)
     return counts.reshape(n_classes, n_classes).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of C classes, NaN where there is nothing to divide by.
+
+    Attributes
+    ----------
+    precision, recall, f1
+        (C,).
+    """
+
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    f1: NDArray[np.float64]
+
+
+def score_classes(confusions: NDArray[np.int64]) -> Scores:
+    """Precision, recall and F1 of each class.
+
+    Source: C. J. van Rijsbergen, Information retrieval, 1979, for F1 as their harmonic mean.
+    """
+    hits = np.diag(confusions).astype(np.float64)
+    guessed, true = confusions.sum(axis=0), confusions.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return Scores(precision=hits / guessed, recall=hits / true, f1=2 * hits / (guessed + true))
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

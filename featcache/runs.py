@@ -33,7 +33,6 @@ from featcache.errors import OutputError, RunError
 from featcache.files import pretty_json
 
 RUN_FILE = "run.json"
-PREDICTIONS = {"val": "predictions.csv", "test": "predictions_test.csv"}
 SCHEMA = 1
 RECORDED_PACKAGES = ("featcache", "torch", "torchvision", "scikit-learn", "h5py", "numpy", "Pillow")
 
@@ -201,6 +200,11 @@ def find_missing(record: RunRecord) -> str:
 def is_required(one: Field[Any]) -> bool:
     """Whether every run has this field; those with a default came later, but for the schema, which decides that."""
     return one.name == "schema" or (one.default is MISSING and one.default_factory is MISSING)
+
+
+def name_predictions(split: str) -> str:
+    """Name of the CSV file with a split's predictions."""
+    return "predictions.csv" if split == "val" else f"predictions_{split}.csv"
 
 
 def write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:

@@ -173,6 +173,17 @@ def test_where_nothing_differs_it_cries_wolf_at_most_at_the_stated_rate(
     assert alarms / N_EXPERIMENTS <= 0.055
 
 
+def test_a_way_that_never_varies_beside_one_that_does_raises_no_more_false_alarms() -> None:
+    rng, alarms, n = np.random.default_rng(12), 0, 2_000
+    for _ in range(n):
+        shared = rng.standard_normal(1_000)
+        same = np.sqrt(0.6) * shared + np.sqrt(0.4) * rng.standard_normal((1, 1_000)) < stats.norm.ppf(0.8)
+        skill = stats.norm.ppf(0.8) * np.sqrt(1.01) + 0.1 * rng.standard_normal((3, 1))
+        varying = np.sqrt(0.6) * shared + np.sqrt(0.4) * rng.standard_normal((3, 1_000)) < skill
+        alarms += find_p_value(np.repeat(same, 3, axis=0), varying) < 0.05
+    assert alarms / n <= 0.055
+
+
 def find_p_value(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """What decides, without what takes time beside it."""
     p_images = sign_flip_test(score_images(first, second))

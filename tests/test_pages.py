@@ -30,7 +30,7 @@ from page_fixture import (
 )
 from sklearn.metrics import precision_recall_fscore_support
 
-from featcache.metrics import calibration_error
+from featcache.metrics import bin_confidences, calibration_error, score_classes
 from featcache.pages import (
     ArmView,
     AuditPage,
@@ -211,7 +211,7 @@ def test_thumbnails_are_dropped_first_then_the_table_then_the_maps(
 def test_scores_agree_with_scikit_learn() -> None:
     labels = np.random.default_rng(0).integers(0, 7, 300)
     arm = ArmView(name="a", predictions=make_predictions([""] * 300, labels, 7, 0.7, 1), histories=[])
-    found = answers.score_classes(answers.count_confusions(arm, 7))
+    found = score_classes(answers.count_confusions(arm, 7))
     expected = precision_recall_fscore_support(labels, arm.predictions.predicted)
     for mine, theirs in zip((found.precision, found.recall, found.f1), expected, strict=False):
         np.testing.assert_allclose(mine, theirs)
@@ -220,7 +220,7 @@ def test_scores_agree_with_scikit_learn() -> None:
 def test_reliability_adds_up_to_the_calibration_error() -> None:
     labels = np.random.default_rng(1).integers(0, 3, 500)
     predictions = make_predictions([""] * 500, labels, 3, 0.8, 2)
-    bins = answers.bin_confidences(predictions)
+    bins = bin_confidences(predictions.labels == predictions.predicted, predictions.probabilities.max(axis=1))
     assert sum(one.n for one in bins) == 500
     error = sum(one.n * abs(one.confidence - one.right) for one in bins) / 500
     right = predictions.labels == predictions.predicted

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from featcache.metrics import confusion_matrix
 from featcache.pages import figures
-from featcache.pages.filling import GALLERY_SIDE, MAX_BYTES, Content, fill_template, take_thumbnails
+from featcache.pages.filling import GALLERY_SIDE, MAX_BYTES, Content, fill_template, name_folder, take_thumbnails
 from featcache.pages.values import AuditPage
 from featcache.wording import format_count, format_share
 
@@ -51,7 +50,7 @@ def describe_audit(page: AuditPage) -> Content:
     inside = {kind: [one for one in summary[f"{kind}_duplicates"] if not one["leak"]] for kind in ("exact", "near")}
     content: Content = {
         "summary": summary,
-        "name": PurePosixPath(summary["data"]["folder"].replace("\\", "/")).name or summary["data"]["folder"],
+        "name": name_folder(summary["data"]["folder"]),
         "headline": state_findings(summary),
         "detail": state_details(summary),
         "tiles": _list_tiles(summary),

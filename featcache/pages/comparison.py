@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from featcache.metrics import Bin, bin_confidences, score_classes
 from featcache.pages import answers, figures
 from featcache.pages.colours import LIGHT, SHAPES, list_colours
 from featcache.pages.filling import (
@@ -16,6 +16,7 @@ from featcache.pages.filling import (
     NAME,
     Content,
     fill_template,
+    name_folder,
     take_thumbnails,
 )
 from featcache.pages.values import ArmView, ComparisonPage, FeatureMap
@@ -76,7 +77,7 @@ def describe_comparison(page: ComparisonPage, left_out: Sequence[str] = ()) -> C
     pairs = [{**pair, "arms": _find_pair(arms, pair)} for pair in told]
     content: Content = {
         "summary": summary,
-        "name": PurePosixPath(summary["data"]["folder"].replace("\\", "/")).name or summary["data"]["folder"],
+        "name": name_folder(summary["data"]["folder"]),
         "arms": arms,
         "shown": arms[: len(page.arms)],
         "pairs": pairs,
@@ -86,7 +87,7 @@ def describe_comparison(page: ComparisonPage, left_out: Sequence[str] = ()) -> C
         "confusions": _describe_confusions(page),
         "scores": _describe_classes(page, whole="classes" not in left_out),
         "reliability": [
-            figures.draw_reliability(answers.bin_confidences(view.predictions), arm["measures"]["calibration_error"])
+            figures.draw_reliability(bin_predictions(view), arm["measures"]["calibration_error"])
             for view, arm in zip(page.arms, arms, strict=False)
         ],
         "galleries": [_describe_gallery(page, gallery) for gallery in answers.choose_images(page.arms)],
@@ -96,6 +97,12 @@ def describe_comparison(page: ComparisonPage, left_out: Sequence[str] = ()) -> C
     content["packed"] = _pack_map(content) if content["maps"] else None
     content["sections"] = _list_sections(content, ranked=ranked)
     return content
+
+
+def bin_predictions(view: ArmView) -> list[Bin]:
+    """An arm's answers by how sure it was."""
+    told = view.predictions
+    return bin_confidences(told.labels == told.predicted, told.probabilities.max(axis=1))
 
 
 def _dress_arms(arms: Sequence[Mapping[str, Any]], n_shown: int) -> list[Content]:
@@ -185,7 +192,7 @@ def _describe_confusions(page: ComparisonPage) -> Content:
 def _describe_classes(page: ComparisonPage, *, whole: bool) -> Content:
     n_classes = len(page.summary["data"]["classes"])
     matrices = [answers.count_confusions(arm, n_classes) for arm in page.arms]
-    scores = [answers.score_classes(one) for one in matrices]
+    scores = [score_classes(one) for one in matrices]
     support = matrices[0].sum(axis=1).tolist()
     columns = [(one.precision.tolist(), one.recall.tolist(), one.f1.tolist()) for one in scores]
     rows = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.pages.answers import N_BINS, Bin
+from featcache.metrics import N_BINS, Bin
 from featcache.pages.scales import Axis, label_number, label_share, make_axis, make_count_axis, make_duration_axis
 from featcache.pages.values import FeatureMap
 from featcache.plots import find_watched

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -90,6 +90,15 @@ def shorten_count(n: int) -> str:
     ('153', '1.2k', '50k')
     """
     return str(n) if n < 1000 else f"{n / 1000:.1f}k" if n < 9950 else f"{n / 1000:.0f}k"
+
+
+def name_folder(folder: str) -> str:
+    """What to call the data that lie in a folder: its last part.
+
+    >>> name_folder("/data/photos"), name_folder("/")
+    ('photos', '/')
+    """
+    return PurePosixPath(folder.replace("\\", "/")).name or folder
 
 
 def format_date(text: str) -> str:

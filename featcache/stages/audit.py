@@ -156,10 +156,6 @@ class Audit:
         """The page."""
         return self.folder / PAGE
 
-    def _repr_html_(self) -> str:
-        """The page, for notebooks."""
-        return self.report.read_text(encoding="utf-8")
-
     def describe(self) -> dict[str, Any]:
         """As plain values, those of audit.json (see docs/json.md)."""
         return {

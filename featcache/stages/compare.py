@@ -17,7 +17,7 @@ from featcache.config import RUNS_DIR, CompareConfig, name_option
 from featcache.errors import BadImage, OutputError, RunError
 from featcache.progress import SILENT, Once, Progress
 from featcache.report import Arm, SeedRun, format_table, summarise, tabulate
-from featcache.runs import PREDICTIONS, Predictions, RunRecord, read_predictions, read_record
+from featcache.runs import Predictions, RunRecord, name_predictions, read_predictions, read_record
 from featcache.stages.plan_comparison import (
     ComparisonPlan,
     adopt_existing,
@@ -35,9 +35,6 @@ from featcache.stages.run_arms import (
     say_left_out,
 )
 from featcache.stages.write_comparison import Material, find_remarks, write_comparison
-
-LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
-LEAST_SECONDS = 5.0  # that a fine-tuning can be given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +66,6 @@ class Comparison:
     report: Path
     summary: dict[str, Any]
     left_out: tuple[BadImage, ...] = ()
-
-    def _repr_html_(self) -> str:
-        """The page, for notebooks."""
-        return self.report.read_text(encoding="utf-8")
 
 
 def compare(
@@ -263,9 +256,9 @@ def load_arms(groups: Sequence[Group], names: Sequence[str]) -> list[Arm]:
 def load_run(folder: Path) -> SeedRun:
     """A run with its predictions, sorted by path."""
     record = read_record(folder)
-    found = {
-        split: sort_by_path(read_predictions(folder / name, record.classes))
-        for split, name in PREDICTIONS.items()
+    found: dict[str, Predictions] = {
+        split: sort_by_path(read_predictions(folder / name_predictions(split), record.classes))
+        for split in ("val", "test")
         if split in record.accuracy
     }
     return SeedRun(run=str(folder), record=record, predictions=found)

@@ -14,7 +14,7 @@ from featcache.dataset import Split
 from featcache.errors import BadImage
 from featcache.metrics import confusion_matrix, count_correct, measure_probabilities
 from featcache.plots import draw_confusions, save_figure
-from featcache.runs import Predictions, RunRecord, write_predictions
+from featcache.runs import Predictions, RunRecord, name_predictions, write_predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,7 @@ def write_evaluation(
 ) -> None:
     """Write each held-out split's predictions, and the confusion matrix of the validation split."""
     for name, one in predictions.items():
-        write_predictions(folder / predictions_file(name), one, classes)
+        write_predictions(folder / name_predictions(name), one, classes)
     val = predictions["val"]
     counts = confusion_matrix(val.labels, val.predicted, len(classes))
     save_figure(draw_confusions({title: counts}, classes), folder / "confusion.png")
-
-
-def predictions_file(split: str) -> str:
-    """Name of the CSV file with a split's predictions."""
-    return "predictions.csv" if split == "val" else f"predictions_{split}.csv"

@@ -17,7 +17,7 @@ from featcache.images import ImageMemory
 from featcache.processes import ALONE
 from featcache.progress import SILENT, Progress
 from featcache.runtime import has_bfloat16, select_device, training_settings
-from featcache.stages.finetune import provide_backbone
+from featcache.stages.finetune import WRITING_SECONDS, provide_backbone
 from featcache.stages.prepare_training import (
     UNKNOWN_MEMORY,
     Samples,
@@ -33,7 +33,6 @@ MOST_SECONDS = 10.0
 FEWEST_IMAGES = 16
 EVALUATED = 16
 DECODING_SECONDS = 0.006  # per image, of looking at all of them before the first step
-WRITING_SECONDS = 3.0
 
 
 def forecast_training(listing: Listing, config: FinetuneConfig, progress: Progress = SILENT) -> float:

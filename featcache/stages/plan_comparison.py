@@ -15,9 +15,10 @@ from featcache.dataset import Listing, describe_data
 from featcache.errors import CacheError, FeatcacheError, RunError
 from featcache.files import canonical_json, hash_bytes
 from featcache.progress import SILENT, Progress
-from featcache.runs import PREDICTIONS, RunRecord, is_run, read_history, read_predictions, read_record
+from featcache.runs import RunRecord, is_run, name_predictions, read_history, read_predictions, read_record
 from featcache.stages.forecast import forecast_extraction
 from featcache.stages.forecast_training import forecast_training
+from featcache.stages.plan import Plan
 from featcache.stages.training_job import name_checkpoint
 from featcache.training import Checkpoints
 from featcache.wording import format_seconds
@@ -276,11 +277,9 @@ def list_optional(path: Path, backbone: str | None) -> dict[str, Any]:
     found = open_cache(path).provenance["settings"]
     if found.get("backbone") != backbone:
         return {}
-    return {
-        name: tuple(found[name]) if isinstance(found[name], list) else found[name]
-        for name in ExtractConfig.OPTIONAL
-        if name in found and name not in VIEWS  # those that are not stated are kept
-    }
+    return thaw(
+        {name: found[name] for name in ExtractConfig.OPTIONAL if name in found and name not in VIEWS}  # which are kept
+    )
 
 
 def list_images(source: Source, backbone: str | None) -> dict[str, Any]:
@@ -309,30 +308,30 @@ def plan_comparison(
 def make_plan(data: Path | str, output: Path, config: CompareConfig, progress: Progress) -> ComparisonPlan:
     """The plan for settings that are settled."""
     arms, steps = list_arms(config), []
-    looked: dict[Path, tuple[Listing, dict[str, Any], int]] = {}
+    looked: dict[Path, Plan] = {}
+    described: dict[Path, dict[str, Any]] = {}
     for arm in arms:
         if arm.source.path not in looked:
             plan, forecast = forecast_extraction(data, arm.source.path, progress=progress, **arm.source.settings)
-            looked[arm.source.path] = (plan.listing, plan.extractor, plan.width)
+            looked[arm.source.path], described[arm.source.path] = plan, describe_data(plan.listing)
             state = "make" if plan.missing or plan.decision in ("create", "replace") else "reuse"
             expected = 0.0 if state == "reuse" else forecast.seconds
             steps.append(Step(what="extraction", place=arm.source.path, state=state, seconds=expected))
     speeds: dict[str, float | None] = {}
     for number in range(config.seeds):
         for arm in arms:
-            listing, extractor, width = looked[arm.source.path]
-            described = describe_data(listing)
-            state = find_state(arm, number, config, described, extractor)
+            seen = looked[arm.source.path]
+            state = find_state(arm, number, config, described[arm.source.path], seen.extractor)
             seconds: float | None = 0.0
             if state != "reuse":
                 if arm.name not in speeds:
-                    speeds[arm.name] = estimate(arm, number, config, listing, width, progress)
+                    speeds[arm.name] = estimate(arm, number, config, seen.listing, seen.width, progress)
                 known = speeds[arm.name]
                 seconds = known if known is None else known * (1 - find_share_done(arm, number, config, state))
             place = arm.name_folder(Path(config.runs), number)
             steps.append(Step(what=arm.kind, place=place, state=state, seconds=seconds, arm=arm.name, number=number))
-    listing, _, width = looked[arms[0].source.path]
-    curve = estimate_curve(listing, width) if any(arm.kind == "head" for arm in arms) else 0.0
+    first = looked[arms[0].source.path]
+    curve = estimate_curve(first.listing, first.width) if any(arm.kind == "head" for arm in arms) else 0.0
     report = REPORT_SECONDS + (curve if is_curve_wanted(config, curve) else 0.0)
     steps.append(Step(what="report", place=output, state="make", seconds=report))
     return ComparisonPlan(
@@ -382,10 +381,11 @@ def check_files(folder: Path, record: RunRecord) -> None:
     """Raise a RunError if a report cannot be made of what a run's folder holds."""
     for split in ("val", "test"):
         if split in record.accuracy:
-            predictions = read_predictions(folder / PREDICTIONS[split], record.classes)
+            path = folder / name_predictions(split)
+            predictions = read_predictions(path, record.classes)
             if len(predictions.paths) != record.accuracy[split]["n"]:
                 raise RunError(
-                    f"{folder / PREDICTIONS[split]} has {len(predictions.paths)} predictions, expected "
+                    f"{path} has {len(predictions.paths)} predictions, expected "
                     f"{record.accuracy[split]['n']}; run it again"
                 )
     if record.kind == "finetune":
@@ -436,6 +436,11 @@ def fits(
 def plain(value: Any) -> Any:
     """A setting as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def thaw(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from JSON as they were stated."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 # --- how long it takes ------------------------------------------------------------------------------------------------
@@ -497,7 +502,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 def head_settings(arm: ArmPlan, number: int, config: CompareConfig) -> dict[str, Any]:
     """For `train_head`."""
     if number:
-        return list_wanted(arm, number, config)
+        return thaw(list_wanted(arm, number, config))
     return {**arm.settings, **config.stated("seed")}
 
 
@@ -513,8 +518,7 @@ def finetune_settings(arm: ArmPlan, number: int, config: CompareConfig) -> dict[
         wanted = dict(list_wanted(arm, number, config))
         if wanted.pop("one_stream", False):
             machine["workers"] = 0
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in wanted.items()}
-        return {**known, **machine}
+        return {**thaw(wanted), **machine}
     named = {"backbone": arm.source.settings["backbone"]} if "backbone" in arm.source.settings else {}
     return {**named, **arm.settings, **config.stated("weights", "val_fraction", "seed"), **machine}
 

@@ -69,10 +69,6 @@ class Ranking:
     failed: dict[str, str]
     left_out: tuple[BadImage, ...] = ()
 
-    def _repr_html_(self) -> str:
-        """The page, for notebooks."""
-        return self.report.read_text(encoding="utf-8")
-
 
 def rank_backbones(
     data: Path | str,

@@ -7,7 +7,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from featcache.config import CompareConfig
 from featcache.dataset import describe_data
@@ -133,6 +135,11 @@ class ArmRunner:
     clock: Clock
     progress: Progress
 
+    @cached_property
+    def described(self) -> dict[Path, dict[str, Any]]:
+        """The images of every source, as records have them."""
+        return {path: describe_data(extraction.cache.listing) for path, extraction in self.extractions.items()}
+
     def run_all(self) -> list[Group]:
         """Every arm with every seed.
 
@@ -160,11 +167,10 @@ class ArmRunner:
         waiting
             Fine-tunings, with this one, among which the time that is left is shared.
         """
-        extraction = self.extractions[arm.source.path]
-        described, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
-        found = find_run(arm, number, self.config, described, extractor)
+        extraction, data = self.extractions[arm.source.path], self.described[arm.source.path]
+        found = find_run(arm, number, self.config, data, extraction.cache.extractor)
         if found is None and arm.kind == "finetune" and not number:
-            found = self.find_cut(arm, extraction, waiting)
+            found = self.find_cut(arm, waiting)
         if found is not None:
             self.progress.say(f"{arm.name}: {found} is reused")
             return found
@@ -198,14 +204,14 @@ class ArmRunner:
         folder.rename(cut)
         return cut
 
-    def find_cut(self, arm: ArmPlan, extraction: Extraction, waiting: int) -> Path | None:
+    def find_cut(self, arm: ArmPlan, waiting: int) -> Path | None:
         """What an earlier budget has left of a first run, if this one would hardly leave more."""
         cut, left = name_cut(arm.name_folder(Path(self.config.runs), 0)), self.clock.find_left()
         if left is None or not is_run(cut):
             return None
         record, wanted = read_record(cut), list_wanted(arm, 0, self.config)
-        described, extractor = describe_data(extraction.cache.listing), extraction.cache.extractor
-        same = is_cut(record) and fits(record, wanted, arm.kind, described, extractor)
+        data, extractor = self.described[arm.source.path], self.extractions[arm.source.path].cache.extractor
+        same = is_cut(record) and fits(record, wanted, arm.kind, data, extractor)
         return cut if same and record.settings["time_budget"] >= LEAST_SHARE * left / waiting else None
 
 

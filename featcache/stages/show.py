@@ -36,7 +36,7 @@ from featcache.errors import (
 from featcache.images import Batch, ImageMemory, ImageRows, Transform, ViewRows, denormalise, make_evaluation_transform
 from featcache.plots import Pictures, check_window, draw_grid, open_window, save_figure
 from featcache.preprocessing import Preprocessing
-from featcache.runs import Predictions, RunRecord, is_run, read_predictions, read_record
+from featcache.runs import Predictions, RunRecord, is_run, name_predictions, read_predictions, read_record
 from featcache.views import Views, draw_view
 
 # For a look at images whose features are imported: how their network wants them is not known.
@@ -393,7 +393,7 @@ def read_split(run: Path, record: RunRecord, split: str) -> Predictions:
     """
     if split == "train":
         raise SettingsError("--split is 'train': a run keeps predictions of val and test images; expected val or test")
-    path = run / ("predictions.csv" if split == "val" else "predictions_test.csv")
+    path = run / name_predictions(split)
     if split == "test" and not path.is_file():
         raise RunError(f"{run} has no test split; leave out --split test to see its validation images")
     return read_predictions(path, record.classes)

@@ -24,6 +24,7 @@ from featcache.projection import LIMIT, draw_in_proportion, project
 from featcache.report import Arm, format_markdown
 from featcache.runs import read_history
 from featcache.stages.learning_curve import learn_curve
+from featcache.stages.plan_comparison import thaw
 
 PAGE, NUMBERS, MARKDOWN = "report.html", "compare.json", "compare.md"
 FIGURES = (
@@ -113,8 +114,7 @@ def find_curve(
         return dict(record.details["curve"])
     if not material.curve or cache is None or "shots" in record.settings or "fraction" in record.settings:
         return None
-    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.settings.items()}
-    config = HeadConfig(**{**settings, "views": False, "tta": False, "repeats": 1})
+    config = HeadConfig(**{**thaw(record.settings), "views": False, "tta": False, "repeats": 1})
     try:
         return learn_curve(cache, config, progress).describe()
     except FeatcacheError as error:

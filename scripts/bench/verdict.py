@@ -15,29 +15,35 @@ import argparse
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 from featcache.evidence import SIGNIFICANCE, mcnemar_power, mixed_test, score_images, sign_flip_test
 
 Rights = NDArray[np.bool_]
 AGREEMENT = 0.6  # correlation of what is hard for the two
+SAME = None  # of a way that is the same with every seed, as heads are
 CASES = (  # images, accuracies of the two, seeds, standard deviations of a seed's accuracy (probits)
     (153, (0.95, 0.95), 1, (0.0, 0.0)),
     (153, (0.95, 0.95), 3, (0.0, 0.0)),
-    (153, (0.95, 0.95), 3, (0.0, 0.3)),
+    (153, (0.95, 0.95), 3, (SAME, 0.3)),
     (1_000, (0.8, 0.8), 1, (0.0, 0.0)),
-    (1_000, (0.8, 0.8), 2, (0.0, 0.1)),
-    (1_000, (0.8, 0.8), 3, (0.0, 0.1)),
+    (1_000, (0.8, 0.8), 2, (SAME, 0.1)),
+    (1_000, (0.8, 0.8), 3, (SAME, 0.1)),
     (1_000, (0.8, 0.8), 3, (0.1, 0.1)),
     (1_000, (0.8, 0.8), 5, (0.2, 0.2)),
-    (5_000, (0.9, 0.9), 3, (0.0, 0.1)),
+    (5_000, (0.9, 0.9), 3, (SAME, 0.1)),
+    (1_000, (0.95, 0.95), 5, (SAME, 0.3)),
+    (1_000, (0.9, 0.9), 3, (SAME, 0.5)),
     (153, (0.97, 0.9), 1, (0.0, 0.0)),
     (153, (0.97, 0.9), 3, (0.0, 0.0)),
     (1_000, (0.83, 0.8), 1, (0.0, 0.0)),
     (1_000, (0.83, 0.8), 3, (0.0, 0.0)),
-    (1_000, (0.83, 0.8), 3, (0.0, 0.05)),
-    (1_000, (0.83, 0.8), 10, (0.0, 0.05)),
+    (1_000, (0.83, 0.8), 3, (SAME, 0.05)),
+    (1_000, (0.83, 0.8), 10, (SAME, 0.05)),
 )
+SHARES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)  # of the images' variance: that of seeds
+ANSWERS = (0.02, 0.1, 0.3, 1.0)  # and that of single answers
+MANY = 100_000
 
 
 def main() -> None:
@@ -53,18 +59,60 @@ def main() -> None:
         same = accuracies[0] == accuracies[1]
         expected = f"<= {SIGNIFICANCE:.1%}" if same else f"{find_power(drawn):.1%}"
         words = f"{accuracies[0]:.0%}, {accuracies[1]:.0%}"
-        print(f"{n:>7,} {words:>12} {seeds:>5} {spreads[0]:>6.2f}, {spreads[1]:.2f}   {claimed:>8.1%} {expected:>9}")
+        print(
+            f"{n:>7,} {words:>12} {seeds:>5} {', '.join(map(say_spread, spreads)):>12}   {claimed:>8.1%} {expected:>9}"
+        )
+    print_levels()
+
+
+def print_levels() -> None:
+    """The most false alarms over all proportions of the variances, of normal variables: the test's own claim."""
+    print(f"\nnormal variables, {len(SHARES)} x {len(ANSWERS)} proportions of variances, one way or both vary")
+    print("seeds   most false alarms   by Satterthwaite's degrees of freedom instead")
+    for seeds in (2, 3, 4, 5, 10):
+        rng = np.random.default_rng(seeds)
+        cases = [(share, answers, n) for share in SHARES for answers in ANSWERS for n in (1, 2)]
+        rates = [draw_rates(rng, seeds, *case) for case in cases]
+        print(f"{seeds:>5}   {max(own for own, _ in rates):>17.1%}   {max(other for _, other in rates):>12.1%}")
+
+
+def draw_rates(
+    rng: np.random.Generator, seeds: int, share: float, answers: float, n_varying: int
+) -> tuple[float, float]:
+    """How often a difference is claimed where there is none, by `mixed_test`'s rule and by Welch's."""
+    n_images, degrees = 500, seeds - 1
+    by_images = 1.0 + n_varying * answers
+    differences = rng.normal(0, np.sqrt(by_images + n_varying * share), MANY)
+    images = by_images * rng.chisquare(n_images - 1, MANY) / (n_images - 1)
+    varied = [(share + answers) * rng.chisquare(degrees, MANY) / degrees for _ in range(n_varying)]
+    kept = [np.maximum(one - answers, one / 2) if seeds > 2 else one for one in varied]
+    quantiles = [t.isf(SIGNIFICANCE / 2, n) ** 2 for n in (n_images - 1, degrees)]
+    margin = quantiles[0] * images + quantiles[1] * sum(kept)
+    total = images + sum(varied)
+    freedom = total**2 / (images**2 / (n_images - 1) + sum(one**2 for one in varied) / degrees)
+    welch = t.isf(SIGNIFICANCE / 2, freedom) ** 2 * total
+    return float(np.mean(differences**2 > margin)), float(np.mean(differences**2 > welch))
+
+
+def say_spread(spread: float | None) -> str:
+    return "same" if spread is SAME else f"{spread:.2f}"
 
 
 def draw(
-    rng: np.random.Generator, n: int, accuracies: tuple[float, float], seeds: int, spreads: tuple[float, float]
+    rng: np.random.Generator,
+    n: int,
+    accuracies: tuple[float, float],
+    seeds: int,
+    spreads: tuple[float | None, float | None],
 ) -> tuple[Rights, Rights]:
     """(S, N) rights of each way."""
     shared, both = rng.standard_normal(n), []
     for accuracy, spread in zip(accuracies, spreads, strict=True):
-        skill = norm.ppf(accuracy) * np.sqrt(1 + spread**2) + spread * rng.standard_normal((seeds, 1))
-        own = rng.standard_normal((seeds, n))
-        both.append(np.sqrt(AGREEMENT) * shared + np.sqrt(1 - AGREEMENT) * own < skill)
+        drawn, varies = (1, 0.0) if spread is SAME else (seeds, spread)
+        skill = norm.ppf(accuracy) * np.sqrt(1 + varies**2) + varies * rng.standard_normal((drawn, 1))
+        own = rng.standard_normal((drawn, n))
+        rights = np.sqrt(AGREEMENT) * shared + np.sqrt(1 - AGREEMENT) * own < skill
+        both.append(np.repeat(rights, seeds // drawn, axis=0))
     return both[0], both[1]
 
 
