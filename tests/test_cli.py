@@ -106,7 +106,7 @@ def test_predictions_are_csv_unless_asked_otherwise(cli: Cli, photos: Path, tiny
         (("compare", "nowhere"), "nowhere does not exist"),
         (("compare", "{photos}", "nowhere"), "nowhere does not exist"),
         (("compare", "{photos}", "{photos}/val"), "is not a run"),
-        (("compare", "nowhere", "--dry-run"), "no data set at nowhere"),
+        (("compare", "nowhere", "--dry-run"), "nowhere does not exist"),
         (("show", "nowhere"), "nowhere does not exist"),
         (("predict", "nowhere", "{photos}"), "nowhere holds no classifier"),
         (("sample", "digits", "{photos}"), "not empty"),

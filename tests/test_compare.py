@@ -212,6 +212,13 @@ def test_what_cannot_be_compared_is_refused_in_a_line(settings: dict[str, Any], 
         CompareConfig(**settings)
 
 
+@pytest.mark.parametrize("mistake", [["nowhere"], [".", "--arm", "heads"], [".", "--seeds", "0"]])
+def test_a_mistake_is_told_of_before_torch_is_loaded(mistake: list[str]) -> None:
+    code = "import sys; from featcache.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code, "compare", *mistake]
+    assert subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip() == "False"
+
+
 # --- the plan and the budget ------------------------------------------------------------------------------------------
 
 

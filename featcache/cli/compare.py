@@ -110,8 +110,9 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
       featcache compare photos --backbone resnet18 --backbone convnext_tiny
       featcache compare runs/head runs/finetune
     """
-    from featcache.stages.compare import Comparison
-
+    CompareConfig(**drop_unstated(settings))  # a mistake is told of before torch is loaded
+    if missing := [target for target in targets if not Path(target).exists()]:
+        raise InputError(f"{missing[0]} does not exist: expected a folder of images, runs, or caches")
     if dry_run:
         return print_plan(targets, output, settings, as_json)
     compared = run_comparison(targets, output, settings)
@@ -123,11 +124,10 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
         for remark in compared.summary["remarks"]:
             click.echo(make_printable(f"note: {remark}"))
         click.echo(f"report: {compared.report}")
-    if not isinstance(compared, Comparison):
-        for name, reason in compared.failed.items():
-            click.echo(make_printable(f"left out: {name}: {reason}"), err=True)
+    failed = compared.summary.get("failed", {})  # backbones of a ranking
+    for name, reason in failed.items():
+        click.echo(make_printable(f"left out: {name}: {reason}"), err=True)
     list_left_out(compared.left_out)
-    failed = () if isinstance(compared, Comparison) else compared.failed
     return LEFT_OUT if compared.left_out or failed else DONE
 
 
@@ -149,15 +149,12 @@ def print_plan(targets: tuple[str, ...], output: str, settings: dict[str, Any], 
 
 def run_comparison(targets: tuple[str, ...], output: str, settings: dict[str, Any]) -> Comparison | Ranking:
     """The stage that the targets ask for."""
-    CompareConfig(**drop_unstated(settings))  # a mistake in them is told of before anything is loaded
     from featcache.processes import measure_age
     from featcache.runs import is_run
     from featcache.stages.compare import compare, compare_runs
     from featcache.stages.rank import rank_backbones, rank_caches
 
     progress = TerminalProgress()
-    if missing := [target for target in targets if not Path(target).exists()]:
-        raise InputError(f"{missing[0]} does not exist: expected a folder of images, runs, or caches")
     if all(Path(target).is_file() for target in targets):
         check_unstated(settings, HEAD_OPTIONS, "caches are ranked by new heads on what they hold")
         head = {name: settings[name] for name in ("solver", "C", "seed") if settings[name] is not None}
