@@ -25,6 +25,7 @@ from featcache.dataset import (
     describe_data,
     find_shared_images,
     hash_clip,
+    hashing,
     hold_out,
     is_clip_name,
     is_image_name,
@@ -749,7 +750,7 @@ def test_list_clips_finds_all_clips_below_a_folder_and_the_folder_itself(clip_da
 def settle(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time goes on until no file's time stamp could still be given again."""
     now = max(path.stat().st_ctime_ns for path in root.rglob("*")) + 10 * dataset.RACY_NS
-    monkeypatch.setattr(dataset.time, "time_ns", lambda: now)
+    monkeypatch.setattr(hashing.time, "time_ns", lambda: now)
 
 
 def know_clips(listing: Listing) -> KnownFiles:
@@ -765,7 +766,7 @@ def test_settled_clips_are_not_read_again(clip_data: Path, monkeypatch: pytest.M
     first = list_dataset(clip_data, clips=True)
     assert all(split.stats.any(axis=1).all() for split in first.splits.values())
     assert first.splits["train"].stats[1][1] == sum(p.stat().st_size for p in (clip_data / "train/run/b").iterdir())
-    monkeypatch.setattr(dataset, "_try_hash", pytest.fail)
+    monkeypatch.setattr(hashing, "_try_hash", pytest.fail)
     again = list_dataset(clip_data, clips=True, known=know_clips(first))
     assert [split.digests for split in again.splits.values()] == [split.digests for split in first.splits.values()]
     assert list_changed(again) == []
@@ -776,7 +777,7 @@ def test_a_clip_is_not_trusted_while_one_of_its_frames_is_fresh(
 ) -> None:
     settle(clip_data, monkeypatch)
     frame = clip_data / "train/run/b/frame3.jpg"
-    os.utime(frame, ns=(0, dataset.time.time_ns()))
+    os.utime(frame, ns=(0, hashing.time.time_ns()))
     stats = list_dataset(clip_data, clips=True).splits["train"].stats
     assert stats.any(axis=1).tolist() == [True, False, True, True, True, True]
 

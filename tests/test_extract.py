@@ -240,7 +240,7 @@ def test_an_image_that_changes_while_it_is_worked_on_is_a_bad_one(
 def test_images_that_change_behind_its_back_are_told_of(
     photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.dataset.RACY_NS", -(10**18))  # files this young prove something
+    monkeypatch.setattr("featcache.dataset.hashing.RACY_NS", -(10**18))  # files this young prove something
 
     class Meddling(Listener):
         def track(self, items, *, total, what, unit="img", done=0):

@@ -27,6 +27,7 @@ from featcache.dataset import (
     Listing,
     Split,
     Stats,
+    hashing,
     list_changed,
     list_dataset,
 )
@@ -53,7 +54,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Files that were written just now are old."""
     clock = Clock()
-    monkeypatch.setattr(dataset, "time", SimpleNamespace(time_ns=clock.time_ns, monotonic=time.monotonic))
+    monkeypatch.setattr(hashing, "time", SimpleNamespace(time_ns=clock.time_ns, monotonic=time.monotonic))
     return clock
 
 
@@ -61,13 +62,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the files that are read, in any order, relative to the root."""
     paths: list[str] = []
-    original = dataset._try_hash
+    original = hashing._try_hash
 
     def try_hash(path: str) -> tuple[str, tuple[int, ...], str]:
         paths.append("/".join(Path(path).parts[-3:]))
         return original(path)
 
-    monkeypatch.setattr(dataset, "_try_hash", try_hash)
+    monkeypatch.setattr(hashing, "_try_hash", try_hash)
     return paths
 
 
@@ -312,7 +313,7 @@ def test_exactly_two_seconds_are_too_young(data: Path, clock: Clock, which: str,
     status = path.stat()
     clock.now_ns = max(status.st_mtime_ns, status.st_ctime_ns) + age
     assert getattr(status, which) == max(status.st_mtime_ns, status.st_ctime_ns)
-    digest, stats, reason = dataset._try_hash(str(path))
+    digest, stats, reason = hashing._try_hash(str(path))
     assert (digest, reason) == (hash_bytes(path.read_bytes()), "")
     assert any(stats) == trusted
     if trusted:
@@ -340,7 +341,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_trusted(
         return original(descriptor)
 
     monkeypatch.setattr(os, "fstat", look)
-    digest, stats, reason = dataset._try_hash(str(path))
+    digest, stats, reason = hashing._try_hash(str(path))
     assert looks == [2]
     assert (len(digest), stats, reason) == (64, (0, 0, 0, 0), "")
 
@@ -407,7 +408,7 @@ def test_where_nothing_is_known_or_wanted_nothing_is_found() -> None:
 def test_what_was_hashed_is_kept_once(
     data: Path, clock: Clock, read: list[str], monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr(dataset, "KEEP_SECONDS", seconds)
+    monkeypatch.setattr(hashing, "KEEP_SECONDS", seconds)
     keeper = Keeper()
     listing = list_dataset(data, keep=keeper)
     assert keeper.count() == len(listing) == 12
@@ -443,7 +444,7 @@ def test_what_was_hashed_is_kept_when_the_listing_is_interrupted(
     seconds: float,
     n: int,
 ) -> None:
-    monkeypatch.setattr(dataset, "KEEP_SECONDS", seconds)
+    monkeypatch.setattr(hashing, "KEEP_SECONDS", seconds)
     keeper = Keeper()
     with pytest.raises(error):
         list_dataset(data, progress=Interrupting(n, error), keep=keeper)
@@ -463,7 +464,7 @@ def test_an_interrupted_listing_does_not_read_on(tmp_path: Path, monkeypatch: py
         time.sleep(0.005)
         return "0" * 64, (0, 0, 0, 0), ""
 
-    monkeypatch.setattr(dataset, "_try_hash", hash_slowly)
+    monkeypatch.setattr(hashing, "_try_hash", hash_slowly)
     with pytest.raises(KeyboardInterrupt):
         list_dataset(data, progress=Interrupting(1, KeyboardInterrupt))
     assert tried[0] < 100
@@ -569,14 +570,14 @@ def test_a_known_file_that_became_a_fifo_is_bad(data: Path, clock: Clock) -> Non
 
 
 def test_a_file_that_goes_while_the_listing_is_made_is_bad(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = dataset._look_at_all
+    original = hashing.look_at_all
 
     def look(paths: list[str], clips: bool) -> tuple[Stats, list[str]]:
         found = original(paths, clips)
         (data / FILE).unlink()
         return found
 
-    monkeypatch.setattr(dataset, "_look_at_all", look)
+    monkeypatch.setattr(hashing, "look_at_all", look)
     listing = list_dataset(data)
     assert [tuple(item) for item in listing.bad] == [(FILE, "cannot be read: No such file or directory")]
     assert len(listing) == 11
