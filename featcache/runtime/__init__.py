@@ -24,9 +24,9 @@ work), `scheduling` deals out the batches.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ from featcache.runtime.engines import (
     Engine,
     EngineError,
     Model,
+    fill_batches,
     fill_up,
     make_compiled,
     make_eager,
@@ -142,6 +143,13 @@ def _choose_fastest(device: torch.device, n_images: int, foreign: bool, compute:
     return "fused"
 
 
+class Run(Protocol):
+    """What an execution does."""
+
+    def __call__(self, rows: ImageRows | None = None, /) -> Iterator[Outputs]:
+        """Decode and forward these images, in order; None is those that the network was made ready for."""
+
+
 @dataclass(frozen=True)
 class Execution:
     """A network ready to run over some images.
@@ -151,13 +159,13 @@ class Execution:
     runtime
         Which one it came to be.
     run
-        Decode and forward all of them, in order.
+        Decode and forward all of them, in order; or other images of the same kind.
     remark
         Why it is another one than was chosen; "" if it is not.
     """
 
     runtime: str
-    run: Callable[[], Iterator[Outputs]]
+    run: Run
     remark: str = ""
 
 
@@ -171,6 +179,7 @@ def prepare_execution(
     batch_size: int | None = None,
     workers: int | None = None,
     n_images: int | None = None,
+    fill: bool = False,
 ) -> Execution:
     """Make a network ready to run over images, in evaluation mode.
 
@@ -193,6 +202,10 @@ def prepare_execution(
         cores.
     n_images
         That "auto" is to count; None is those of `rows`.
+    fill
+        Fill the last batch up. An image's features depend in the last digit on how many are in its batch, and so on
+        which images were asked for; on a CPU they do not depend on which others those are (measured bit for bit, see
+        `tests/test_runtime.py`).
 
     Raises
     ------
@@ -209,9 +222,7 @@ def prepare_execution(
     if device.type == "cpu":
         keep_freed_memory()
         if chosen != "eager":
-            return _prepare_on_cores(network, rows, runtime, chosen, precision, size, workers)
-    if workers is None:
-        workers = choose_workers(len(rows), device)
+            return _prepare_on_cores(network, rows, runtime, chosen, precision, size, workers, fill)
     engines = []
     for i, one in enumerate(spread_device(device)):
         there = (copy.deepcopy(network) if i else network).to(one)
@@ -219,20 +230,23 @@ def prepare_execution(
             there = there.to(memory_format=torch.channels_last)  # half-precision convolutions want their weights so too
         model = Model(there, rows.make_normalisation(), torch.empty(0), one, precision)
         if chosen == "compile" and (image := find_image(rows)) is not None:
-            engines.append(_make_or_say(chosen, replace(model, example=make_example(image, size)), 1))
+            engine = _make_or_say(chosen, replace(model, example=make_example(image, size)), 1)
         else:
-            engines.append(make_eager(model))
+            engine = make_eager(model)
+        engines.append(fill_batches(engine, size) if fill else engine)
         if one.type == "cuda":
             torch.cuda.synchronize(one)  # NOTE: streams do not wait for each other; the weights must be there
 
-    def run() -> Iterator[Outputs]:
-        batches = make_loader(rows, batch_size=size, workers=workers, pin=device.type == "cuda")
+    def run(others: ImageRows | None = None) -> Iterator[Outputs]:
+        now = rows if others is None else others
+        n_workers = choose_workers(len(now), device) if workers is None else workers
+        batches = make_loader(now, batch_size=size, workers=n_workers, pin=device.type == "cuda")
         try:
             if device.type == "cuda":
                 with whole_float32(compute == "float32"):
                     yield from run_on_devices(engines, batches)
             else:
-                yield from run_in_turn(engines[0], batches, max(count_cores() - workers, 1))
+                yield from run_in_turn(engines[0], batches, max(count_cores() - n_workers, 1))
         finally:
             close_helpers()
 
@@ -247,6 +261,7 @@ def _prepare_on_cores(
     precision: Mapping[str, Any],
     batch_size: int,
     workers: int | None,
+    fill: bool,
 ) -> Execution:
     """A thread for each core. The first images are decoded while the network is made ready."""
     n_threads = max(count_cores() if workers is None else workers, 1)
@@ -258,10 +273,11 @@ def _prepare_on_cores(
             engine, remark = _make_engine(network, rows, image, asked, chosen, precision, batch_size, n_threads)
         finally:
             ahead.stop()
+    engine = fill_batches(engine, batch_size) if fill else engine
 
-    def run() -> Iterator[Outputs]:
+    def run(others: ImageRows | None = None) -> Iterator[Outputs]:
         try:
-            yield from run_on_cores(engine, ahead, batch_size, n_threads)
+            yield from run_on_cores(engine, ahead if others is None else RowsAhead(others), batch_size, n_threads)
         finally:
             close_helpers()
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -95,6 +95,11 @@ class Model:
     def compute(self) -> str:
         """Type in which the network computes."""
         return str(self.precision["compute"])
+
+
+def fill_batches(engine: Engine, batch_size: int) -> Engine:
+    """The engine for batches of one size, too small ones filled up."""
+    return engine if engine.batch_size else replace(engine, batch_size=batch_size)
 
 
 def fill_up(pixels: Tensor, batch_size: int) -> Tensor:

@@ -67,7 +67,7 @@ class RowsAhead:
         How many may be decoded ahead.
     """
 
-    def __init__(self, rows: ImageRows, n: int) -> None:
+    def __init__(self, rows: ImageRows, n: int = 0) -> None:
         self.rows = rows
         self._pool = ThreadPoolExecutor(1)
         self._futures = {row: self._pool.submit(rows.__getitem__, row) for row in range(min(n, len(rows)))}
