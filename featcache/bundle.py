@@ -27,6 +27,7 @@ from torch import nn
 
 from featcache.backbones import Backbone, attach_classifier, remake_backbone
 from featcache.backbones.weights import load_tensors
+from featcache.dataset import Files
 from featcache.errors import BadImage, RunError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.heads import Head, remake_head
@@ -68,7 +69,7 @@ class Classifier:
         self,
         paths: Sequence[str],
         *,
-        root: Path = Path(),
+        root: Path | Files = Path(),
         device: torch.device,
         batch_size: int | None = None,
         workers: int | None = None,
@@ -80,7 +81,7 @@ class Classifier:
         Parameters
         ----------
         paths, root
-            N files, relative to a folder.
+            N files, and what they are relative to.
         device, batch_size, workers
             As in `featcache.config.ExtractConfig`.
         views
@@ -118,7 +119,7 @@ class Classifier:
         probabilities[unusable] = np.nan
         return probabilities, [BadImage(paths[i], reasons[paths[i]]) for i in np.flatnonzero(unusable).tolist()]
 
-    def _make_rows(self, paths: Sequence[str], root: Path, views: int) -> ImageRows:
+    def _make_rows(self, paths: Sequence[str], root: Path | Files, views: int) -> ImageRows:
         """The images, each followed by its views."""
         if not views:
             return ImageRows(root, paths, transform=make_pixel_transform(self.preprocessing))

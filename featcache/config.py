@@ -19,6 +19,7 @@ RUNTIMES = ("auto", "eager", "fused", "compile", "openvino", "onnx")
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DECODERS = ("pillow", "torch")
 STORES = ("float32", "float16")
+ENGINES = ("local", "ray")
 BATCH_NORMS = ("auto", "train", "fixed")
 FINETUNE_CHOICES = {
     "mode": ("full", "head", "staged", "lp-ft"),
@@ -197,6 +198,10 @@ class ExtractConfig(ImageSettings):
         Wait for another process that extracts into the same file, instead of stopping.
     force
         Replace a cache that was made by another extractor.
+    engine
+        What deals out the work: "local", this process, or "ray", a cluster of Ray's.
+    address
+        Of the cluster, as Ray has it ("auto", HOST:PORT, ray://HOST:PORT); None starts one on this machine.
     """
 
     RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed", "store")
@@ -231,9 +236,13 @@ class ExtractConfig(ImageSettings):
     rehash: bool = False
     wait: bool = False
     force: bool = False
+    engine: str = "local"
+    address: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require(self.engine in ENGINES, "engine", " or ".join(ENGINES))
+        self._require(self.address is None or self.engine == "ray", "address", "--engine ray beside it")
         self._require(self.store in STORES, "store", " or ".join(STORES))
         self._require(self.runtime in RUNTIMES, "runtime", " or ".join(RUNTIMES))
         self._require(self.precision in (None, *PRECISIONS), "precision", " or ".join(PRECISIONS))

@@ -13,11 +13,15 @@
     ├── DeviceError              a device was asked for that is not there
     ├── MissingExtraError        an optional package is not installed
     ├── CacheError               a file that is not a feature cache, or a damaged one
-    │   └── StaleCacheError      a cache made by another extractor
+    │   ├── StaleCacheError      a cache made by another extractor
+    │   └── UnfinishedError      what several processes extract, and some of them have not come to their end
     ├── RunError                 a folder that is not a run, or another run, or one that does not fit
     ├── TrainingError            a training that cannot go on: no number, no memory
     ├── OutputError              a place that cannot be written
     │   └── OutputBusyError      another process is writing there
+    ├── ClusterError             a cluster that cannot be used, or work that failed on it
+    │   └── CrashedItemsError    work whose process died each time; all else is done
+    ├── StoreError               an object store does not answer, or refuses (an OSError, too)
     └── DownloadError            a download that failed or is not what it should be
 
     ImageError                   one image that cannot be used; collected, never shown alone
@@ -32,7 +36,8 @@ Use it like this::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -88,6 +93,10 @@ class StaleCacheError(CacheError):
     """The cache was made by another extractor; the message lists what differs."""
 
 
+class UnfinishedError(CacheError):
+    """Of what several processes extract, rows are missing; the message says whose."""
+
+
 class RunError(FeatcacheError):
     """The folder is not a run, holds another run, or does not fit what it is used with."""
 
@@ -102,6 +111,45 @@ class OutputError(FeatcacheError):
 
 class OutputBusyError(OutputError):
     """Another process is writing there; the message says which."""
+
+
+class StoreError(FeatcacheError, OSError):
+    """An object store does not answer, or refuses; `strerror` is the reason alone."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(errno.EIO, reason)
+        self.place = place
+
+    def __str__(self) -> str:
+        return f"{self.place} cannot be reached: {self.strerror}"
+
+    def __reduce__(self) -> tuple[type[StoreError], tuple[str, str]]:
+        """How it comes out of another process."""
+        return type(self), (self.place, str(self.strerror))
+
+
+class ClusterError(FeatcacheError):
+    """A cluster cannot be reached, has not what is needed, or the work on it failed."""
+
+
+class CrashedItemsError(ClusterError):
+    """Items of work whose process died each time they were tried; all others are done.
+
+    Attributes
+    ----------
+    crashed : dict of int to str
+        Their positions, and what their process was doing: `prepare` or `work`.
+    """
+
+    def __init__(self, crashed: Mapping[int, str]) -> None:
+        self.crashed = dict(crashed)
+        stages = " and ".join(sorted(set(self.crashed.values())))
+        what = "1 item of work" if len(self.crashed) == 1 else f"{len(self.crashed)} items of work"
+        super().__init__(f"{what} killed the process each time on the Ray cluster, in: {stages}")
+
+    def __reduce__(self) -> tuple[type[CrashedItemsError], tuple[dict[int, str]]]:
+        """How it comes out of another process."""
+        return type(self), (self.crashed,)
 
 
 class DownloadError(FeatcacheError):

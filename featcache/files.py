@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -75,6 +76,9 @@ class Disk:
 
 
 disk = Disk()
+# In containers every process has the same number, and one folder may be everybody's.
+ME = secrets.randbits(32)
+TRIES = 3  # of a small file, where somebody who tidies up took the unfinished one, or its empty folder, away
 
 
 def hash_bytes(data: bytes | memoryview) -> str:
@@ -224,7 +228,7 @@ def replace_atomically(path: Path, size: int) -> Iterator[NewFile]:
 
 def temporary_path(path: Path) -> Path:
     """The name that a file of this process has until it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}{ME:010d}.tmp")
 
 
 def list_temporary(path: Path) -> list[Path]:
@@ -244,8 +248,15 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         If it cannot be written (permission, full disk); the old file, if any, is untouched.
     """
     data = data.encode() if isinstance(data, str) else data
-    with replace_atomically(path, len(data)) as file:
-        file.write(data, 0)
+    for attempt in range(TRIES):
+        try:
+            with replace_atomically(path, len(data)) as file:
+                file.write(data, 0)
+        except OutputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError) or attempt == TRIES - 1:
+                raise
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from featcache.clips import decode_clip
-from featcache.dataset import hash_clip
+from featcache.dataset import Files, Item, hash_clip
 from featcache.decoding import decode_array, decode_safely
 from featcache.errors import BadImage, ImageError
 from featcache.files import hash_bytes
@@ -274,7 +274,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     Parameters
     ----------
     root
-        Folder that the paths are relative to.
+        What the paths are relative to.
     paths
         N paths.
     labels
@@ -290,7 +290,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
 
     def __init__(
         self,
-        root: Path,
+        root: Path | Files,
         paths: Sequence[str],
         *,
         transform: Transform,
@@ -300,6 +300,7 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
     ) -> None:
         self.root, self.paths, self.transform = root, paths, transform
         self.labels, self.digests, self.memory = labels, digests, memory
+        self._ahead: dict[str, Future[bytes]] = {}  # what is being read for the batch that is asked for
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -310,6 +311,23 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
             return row, self.transform(self.decode(row)), label
         except ImageError as error:
             return row, str(error), label
+
+    def __getitems__(self, rows: Sequence[Any]) -> list[tuple[int, Tensor | str, int]]:
+        """The rows of a batch, as a loader asks for them; what lies far away is read all at once."""
+        if not isinstance(self.root, Files) or self.root.readers == 1:
+            return [self[row] for row in rows]
+        paths = {self.paths[getattr(row, "row", row)] for row in rows}
+        ahead = [path for path in paths if self.memory is None or not self.memory.has(path)]
+        with ThreadPoolExecutor(self.root.readers) as pool:
+            self._ahead |= {path: pool.submit(self.root.read, path) for path in ahead}
+            try:
+                return [self[row] for row in rows]
+            finally:
+                for path in ahead:
+                    self._ahead.pop(path, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ahead": {}}
 
     def make_normalisation(self) -> nn.Module:
         """What is still to be done to a batch before the network sees it."""
@@ -329,18 +347,24 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         path = self.paths[row]
         if self.memory is not None and (kept := self.memory.find(path)) is not None:
             return kept
-        image = self.load(self.root / path, None if self.digests is None else self.digests[row])
+        image = self.load(self.find_file(path), None if self.digests is None else self.digests[row])
         if self.memory is not None and isinstance(image, Image.Image):
             self.memory.keep(path, image)
         return image
 
-    def load(self, path: Path, digest: str | None) -> Decoded:
+    def find_file(self, path: str) -> Path | Item | Future[bytes]:
+        """What has the bytes of an image."""
+        return self._ahead.get(path) or self.root / path
+
+    def load(self, path: Path | Item | Future[bytes], digest: str | None) -> Decoded:
         """What the transform wants of an image file."""
         decode: Decode = getattr(self.transform, "decode", decode_safely)
         return decode(read_image(path, digest))
 
     def _load_clip(self, row: int, frames: int) -> list[Image.Image]:
         path = self.root / self.paths[row]
+        if isinstance(path, Item):
+            raise ImageError("a clip must be a local file: expected one on the disk, where decoders read it")
         try:
             images = decode_clip(path, frames)
         except ImageError:
@@ -363,6 +387,40 @@ class ImageRows(Dataset[tuple[int, Tensor | str, int]]):
         return Batch(rows, images, labels, bad)
 
 
+class DecodedRows(ImageRows):
+    """Images that were decoded before, perhaps on another machine.
+
+    Parameters
+    ----------
+    paths
+        N paths.
+    images
+        (B, C, H, W), or clips (B, C, T, H, W), of those that could be used.
+    rows
+        (B,) which of the N they are, ascending.
+    reasons
+        Why others cannot be used.
+    transform
+        What made them.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        images: Tensor,
+        *,
+        rows: NDArray[np.int64],
+        reasons: Mapping[int, str],
+        transform: Transform,
+    ) -> None:
+        super().__init__(Path(), paths, transform=transform)
+        self._images, self._reasons = images, reasons
+        self._at = {row: at for at, row in enumerate(rows.tolist())}
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor | str, int]:
+        return row, self._reasons[row] if row in self._reasons else self._images[self._at[row]], -1
+
+
 class ImageMemory:
     """Decoded images by their paths, kept while they fit.
 
@@ -382,6 +440,10 @@ class ImageMemory:
 
     def __len__(self) -> int:
         return len(self._pixels)
+
+    def has(self, path: str) -> bool:
+        """Whether the image of this path was kept."""
+        return path in self._pixels
 
     def find(self, path: str) -> Image.Image | None:
         """The image of this path, if it was kept."""
@@ -410,7 +472,7 @@ class ViewRows(ImageRows):
     Parameters
     ----------
     root
-        Folder that the paths are relative to.
+        What the paths are relative to.
     paths
         N paths, the same one for each row of an image; these rows best lie side by side.
     numbers
@@ -423,7 +485,7 @@ class ViewRows(ImageRows):
 
     def __init__(
         self,
-        root: Path,
+        root: Path | Files,
         paths: Sequence[str],
         *,
         numbers: Sequence[int | None],
@@ -453,10 +515,10 @@ class ViewRows(ImageRows):
         ImageError
             If it cannot be used.
         """
-        path, digest = self.root / self.paths[row], None if self.digests is None else self.digests[row]
+        path, digest = self.paths[row], None if self.digests is None else self.digests[row]
         if isinstance(self.transform, ClipTransform):
-            return self.decode(row), digest or hash_clip(path)
-        data = read_image(path, digest)
+            return self.decode(row), digest or hash_clip(self.root / path)
+        data = read_image(self.find_file(path), digest)
         return self._view.decode(data), digest or hash_bytes(data)
 
 
@@ -497,8 +559,8 @@ def stack_images(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(images))
 
 
-def read_image(path: Path, digest: str | None = None) -> bytes:
-    """The bytes of an image file, which must have this digest if one is given.
+def read_image(path: Path | Item | Future[bytes], digest: str | None = None) -> bytes:
+    """The bytes of an image file, or those that are being read, which must have this digest if one is given.
 
     Raises
     ------
@@ -506,7 +568,7 @@ def read_image(path: Path, digest: str | None = None) -> bytes:
         If it cannot be used.
     """
     try:
-        data = path.read_bytes()
+        data = path.result() if isinstance(path, Future) else path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
     if digest is not None and hash_bytes(data) != digest:
@@ -581,7 +643,8 @@ def check_images(rows: ImageRows, *, threads: int | None = None, chunk: int = 32
 
     What `rows` has a memory for is in it afterwards. No threads are those of all cores.
     """
-    with ThreadPoolExecutor(max(threads or count_cores(), 1)) as pool:
+    readers = rows.root.readers if isinstance(rows.root, Files) else 1
+    with ThreadPoolExecutor(max(threads or count_cores(), readers)) as pool:
         for start in range(0, len(rows), chunk):
             reasons = pool.map(lambda row: _find_reason(rows, row), range(start, min(start + chunk, len(rows))))
             found = dict(enumerate(reasons, start))

@@ -95,6 +95,9 @@ class Spent:
         return cls(seconds=float(value["seconds"]), **more)
 
 
+NOTHING_SPENT = Spent()
+
+
 def add_up(costs: Iterable[Spent]) -> Spent:
     """The sum of some costs."""
     return sum(costs, Spent())

@@ -16,7 +16,6 @@ Knows no network, no array library but numpy, and no figures.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import platform
@@ -125,7 +124,7 @@ class Predictions:
         (N, C) float64.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: NDArray[np.int64]
     predicted: NDArray[np.int64]
     probabilities: NDArray[np.float64]
@@ -210,15 +209,10 @@ def name_predictions(split: str) -> str:
 def write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
     """Write predictions as CSV: path, label, prediction, then `probability_<class>` for each class."""
     header = ["path", "label", "prediction", *(f"probability_{name}" for name in classes)]
+    columns = (predictions.paths, predictions.labels, predictions.predicted, predictions.probabilities)
     rows = (
         [name, classes[label], classes[predicted], *(f"{value:.6f}" for value in probabilities)]
-        for name, label, predicted, probabilities in zip(
-            predictions.paths,
-            predictions.labels.tolist(),
-            predictions.predicted.tolist(),
-            predictions.probabilities,
-            strict=True,
-        )
+        for name, label, predicted, probabilities in zip(*columns, strict=True)
     )
     _write_csv(path, header, rows)
 
@@ -361,8 +355,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    path.write_bytes(text.getvalue().encode("utf-8", errors="surrogateescape"))
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
+from featcache.dataset import Item, Root, is_url
 from featcache.decoding import JPEG, MAX_SCANS, convert_image, decode_safely
 from featcache.errors import ImageError
 
@@ -22,14 +24,14 @@ MAX_FILE_BYTES = 256 << 20  # a larger file is not read
 
 
 def make_thumbnails(
-    root: Path, paths: Sequence[str], *, side: int = SIDE, quality: int = QUALITY
+    root: Root, paths: Sequence[str], *, side: int = SIDE, quality: int = QUALITY
 ) -> Iterator[tuple[str, str | None]]:
     """Each path with its thumbnail as a data URI, or None where there is none to be had; one after the other.
 
     Parameters
     ----------
     root
-        The folder that the paths are relative to; a path that leads out of it has no thumbnail.
+        What the paths are relative to; a path that leads out of it has no thumbnail.
     paths
         N files.
     side
@@ -37,18 +39,24 @@ def make_thumbnails(
     quality
         Of the JPEG, 1 to 95.
     """
-    inside = root.resolve()
-    for path in paths:
-        yield path, make_thumbnail(inside / path, side=side, quality=quality) if _is_inside(path) else None
+    inside, readers = (root.resolve(), 1) if isinstance(root, Path) else (root, root.readers)
+
+    def make(path: str) -> str | None:
+        return make_thumbnail(inside / path, side=side, quality=quality) if _is_inside(path) else None
+
+    with ThreadPoolExecutor(readers) as pool:
+        for start in range(0, len(paths), readers):  # whoever has enough asks for no more
+            piece = paths[start : start + readers]
+            yield from zip(piece, map(make, piece) if readers == 1 else pool.map(make, piece), strict=True)
 
 
-def make_thumbnail(file: Path, *, side: int = SIDE, quality: int = QUALITY) -> str | None:
+def make_thumbnail(file: Path | Item, *, side: int = SIDE, quality: int = QUALITY) -> str | None:
     """The thumbnail of one image file as a data URI, or None if it cannot be had.
 
     EXIF's orientation is applied; nothing of the file but its pixels goes on: no EXIF, no place where it was taken.
     """
     try:
-        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+        if isinstance(file, Path) and (not file.is_file() or file.stat().st_size > MAX_FILE_BYTES):
             return None
         image = _decode_small(file.read_bytes(), side)
     except (OSError, ValueError, ImageError):  # ValueError: a path with a NUL
@@ -83,4 +91,4 @@ def _decode_small(data: bytes, side: int) -> Image.Image:
 
 def _is_inside(path: str) -> bool:
     """Whether a relative path stays below the folder that it is relative to."""
-    return not Path(path).is_absolute() and ".." not in Path(path).parts
+    return not Path(path).is_absolute() and ".." not in Path(path).parts and not is_url(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -117,10 +118,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> type[TinyFamily]:
 @pytest.fixture(autouse=True)
 def memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test remembers what another one did, or its user."""
-    from featcache import recall
+    from featcache import recall, storage
 
     path = tmp_path_factory.getbasetemp() / "memory" / f"{next(COUNTER)}.json"
     monkeypatch.setattr(recall, "memory_path", lambda: path)
+    monkeypatch.setattr(storage, "copies_path", lambda: path.with_suffix(".copies"))
 
 
 @pytest.fixture
@@ -196,6 +198,49 @@ def cli(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@dataclass(frozen=True)
+class Store:
+    """An S3-compatible server on this machine, and an empty bucket in it."""
+
+    endpoint: str
+    bucket: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The address of an S3-compatible server that runs as long as the tests do."""
+    moto = pytest.importorskip("moto.server", reason="pip install 'moto[server]'")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The server, found by its environment variables in child processes too, and an empty bucket of this test alone."""
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("s3fs", reason="pip install 'featcache[s3]'")
+    variables = {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    store = Store(s3_endpoint, f"bucket-{next(COUNTER)}")
+    fsspec.filesystem("s3").mkdir(store.bucket)
+    return store
 
 
 def find_real_data(name: str) -> Path:

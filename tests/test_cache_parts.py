@@ -583,6 +583,8 @@ def test_the_name_of_a_new_folder_of_parts_is_synced_too(output: Path, recorder:
 class Spy:
     """A source that tells what was read of it."""
 
+    window = 10
+
     def __init__(self, digests: Sequence[str], features: NDArray[Any]) -> None:
         self.digests = np.array(digests, "S64")
         self.features = features
@@ -601,8 +603,7 @@ def test_the_first_source_that_has_a_row_gives_it() -> None:
         assert found.tolist() == make_rows(expected).tolist()
 
 
-def test_each_source_is_read_once_from_start_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.cache.rows.READ_ROWS", 10)
+def test_each_source_is_read_once_from_start_to_end() -> None:
     spies = [Spy(name_rows(range(s, s + 35)), make_rows(range(s, s + 35))) for s in (0, 100, 200)]
     table = RowTable(spies, DIM, "float32")
     wanted = np.random.default_rng(0).permutation([*range(5, 30), *range(200, 235)])
@@ -680,7 +681,7 @@ def test_gathered_rows_equal_a_plain_dictionary(
             everything = [*parts, *sources]
             for source in everything:
                 features = source.read(0, len(source.digests)).astype(dtype)
-                for digest, row in zip(source.digests.tolist(), features.tolist(), strict=True):
+                for digest, row in zip(np.asarray(source.digests).tolist(), features.tolist(), strict=True):
                     expected.setdefault(digest.decode(), row)
             table = RowTable(everything, DIM, dtype)
             positions = table.find(np.array(name_rows(wanted), "S64"))

@@ -19,7 +19,8 @@ MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 LEAVES = {"errors", "extras", "config", "files", "progress", "wording"}
 # A noun imports leaves, and of the other nouns only these; the reason is what it needs of each.
 NOUNS: dict[str, set[str]] = {
-    "dataset": set(),
+    "tabular": set(),
+    "dataset": {"tabular"},  # lists of images in CSV and Parquet files
     "decoding": set(),
     "fetching": set(),
     "clips": {"dataset", "decoding"},  # the order of a folder's frames; a frame from a file's bytes, the helpers
@@ -31,25 +32,30 @@ NOUNS: dict[str, set[str]] = {
     "evidence": {"metrics"},  # the exact test of one pair of classifiers, Holm's correction
     "views": set(),
     "recall": set(),
+    "shards": set(),
+    "cluster": set(),
+    "storage": set(),
     "pictures": {"dataset", "decoding", "images"},  # digests of files, RGB by their rules, ImageRows
     "training": {"processes"},  # those that train together
     "processes": set(),
     "augmentation": {"images", "preprocessing", "processes"},  # rows; the crop; the label that counts for nothing
     "findings": {"metrics"},  # the confusion matrix
     "plots": set(),
-    "thumbnails": {"decoding"},  # an image from a file's bytes
+    "thumbnails": {"dataset", "decoding"},  # where images are; an image from a file's bytes
     "projection": set(),
-    # what is shown; confusions and intervals; colours and names cut short; small images
-    "pages": {"metrics", "plots", "runs", "thumbnails"},
+    # where images are; what is shown; confusions and intervals; colours and names cut short; small images
+    "pages": {"dataset", "metrics", "plots", "runs", "thumbnails"},
     "runs": set(),
     "backbones": {"fetching", "preprocessing"},  # weights from the net; Preprocessing, which is part of the weights
     "runtime": {"decoding", "images"},  # ImageRows and Batch: what it runs on; the helpers it no longer needs
     "heads": {"metering", "metrics"},  # what choosing and fitting cost; probabilities from logits
     # Split and Listing: which image a row is; what a part cost; what is usual, for people; which views there are
-    "cache": {"dataset", "metering", "preprocessing", "views"},
+    # where a cache lies, its bytes come from and go
+    "cache": {"dataset", "metering", "preprocessing", "storage", "views"},
     "report": {"evidence", "metrics", "runs"},  # RunRecords in; tests and intervals; numbers and words out
     "bundle": {
         "backbones",
+        "dataset",
         "heads",
         "images",
         "metrics",
@@ -69,7 +75,10 @@ OWNERS = {
     "jinja2": {"pages"},
     "click": {"cli"},
     "tqdm": {"cli"},
-    "pyarrow": {"stages"},
+    "pyarrow": {"stages", "tabular"},
+    "datasets": {"dataset"},
+    "fsspec": {"dataset", "storage"},
+    "s3fs": {"dataset", "storage"},
     "requests": {"fetching"},
     "urllib3": {"fetching"},  # the errors of requests' own connections
     "timm": {"backbones"},
@@ -77,6 +86,7 @@ OWNERS = {
     "onnxruntime": {"backbones", "runtime"},
     "openvino": {"runtime"},
     "scipy": {"evidence", "findings", "heads", "metrics"},
+    "ray": {"cluster"},
     "safetensors": {"backbones", "bundle", "training"},
 }
 

@@ -156,7 +156,7 @@ def test_the_rows_of_an_old_cache_are_served() -> None:
         served = {
             digest.decode(): row
             for source in sources
-            for digest, row in zip(source.digests.tolist(), source.read(0, len(source.digests)).tolist(), strict=True)
+            for digest, row in zip(np.asarray(source.digests).tolist(), source.read(0, len(source.digests)).tolist(), strict=True)
         }
     assert damaged == []
     assert served == {

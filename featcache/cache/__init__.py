@@ -29,7 +29,8 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
 
     features.h5.parts/             while an extraction runs, or after it could not finish
     ├── rows-<key>-<sha256>.h5     some rows: features and digests of one extractor
-    └── files-<sha256>.h5          some files that were hashed: digests and stats
+    ├── files-<sha256>.h5          some files that were hashed: digests and stats
+    └── job-, done-, bad-...json   only where several processes work on it, see `jobs`
     features.h5.lock               while an extraction runs: who does it
 
 A stranger needs no featcache to read it: ``h5py.File("features.h5")["train/features"][:]``.
@@ -41,6 +42,7 @@ reading    file -> FeatureCache, as careful with strangers' files as with damage
 streaming  features that stay on the disk, read when they are wanted
 writing    FeatureCache -> file, streamed, without ever holding all rows
 parts      immutable files of finished work, from which an extraction goes on
+jobs       what several processes that extract into one file tell each other
 rows       rows of many files as one table, found by the digests of their images
 lock       one extraction at a time into one file
 tidying    what caches and leftovers lie in a folder, and their removal
@@ -48,6 +50,7 @@ tidying    what caches and leftovers lie in a folder, and their removal
 """
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
+from featcache.cache.jobs import Job, keep_bad, keep_done, keep_job, list_done, list_jobs, read_bad
 from featcache.cache.key import (
     Field,
     can_serve,
@@ -85,7 +88,7 @@ from featcache.cache.reading import (
     stream_cache,
     verify_cache,
 )
-from featcache.cache.rows import GatheredRows, PartSource, RowTable, Source, open_sources
+from featcache.cache.rows import DigestTable, GatheredRows, PartSource, RowTable, Source, open_sources
 from featcache.cache.streaming import StreamedFeatures
 from featcache.cache.tidying import Item, describe_item, list_items, list_near, remove_item
 from featcache.cache.writing import estimate_bytes, write_cache
@@ -94,11 +97,13 @@ __all__ = [
     "SCHEMA",
     "STORED_TYPES",
     "CacheReader",
+    "DigestTable",
     "FeatureCache",
     "FeatureSplit",
     "Field",
     "GatheredRows",
     "Item",
+    "Job",
     "Part",
     "PartSource",
     "PartWriter",
@@ -116,10 +121,15 @@ __all__ = [
     "hash_extractor",
     "hold_output",
     "is_feature_cache",
+    "keep_bad",
+    "keep_done",
     "keep_files",
+    "keep_job",
     "key_parts",
     "list_differences",
+    "list_done",
     "list_items",
+    "list_jobs",
     "list_near",
     "list_parts",
     "make_known_files",
@@ -129,6 +139,7 @@ __all__ = [
     "open_old",
     "open_sources",
     "parts_path",
+    "read_bad",
     "read_cache",
     "read_known_files",
     "remove_item",

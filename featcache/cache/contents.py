@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from featcache.cache.key import hash_extractor
-from featcache.dataset import Listing, Split
+from featcache.dataset import Listing, Split, parse_root
 from featcache.files import canonical_json, hash_bytes
 from featcache.views import NO_VIEWS, Views
 
@@ -99,7 +99,7 @@ class FeatureCache:
     def listing(self) -> Listing:
         """The data set that the rows came from."""
         return Listing(
-            root=Path(self.provenance["data"]),
+            root=parse_root(self.provenance["data"]),
             classes=self.classes,
             splits={name: split.listing for name, split in self.splits.items()},
         )

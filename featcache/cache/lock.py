@@ -1,7 +1,8 @@
 """One extraction at a time into one file. The files are right without it; it only keeps work from being done twice.
 
 The lock is the kernel's (flock), which forgets a process when it dies. A file system without such locks gets a lease: a
-file that its holder touches every half minute, and that others may take when it was not touched for two minutes.
+file that its holder touches every half minute, and that others may take when it was not touched for two minutes. A
+store has no locks at all: there two extractions into one file do the work twice, and both are right.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from featcache.errors import OutputBusyError, OutputError
 from featcache.progress import SILENT, Progress
+from featcache.storage import Place, RemotePath
 
 PROGRAM = "featcache extract"
 WAITING = {"extracted": "wait for it with --wait"}  # what has such an option
@@ -39,14 +41,14 @@ def lock_path(output: Path) -> Path:
 
 @contextlib.contextmanager
 def hold_output(
-    output: Path, *, wait: bool = False, progress: Progress = SILENT, doing: str = "extracted"
+    output: Place, *, wait: bool = False, progress: Progress = SILENT, doing: str = "extracted"
 ) -> Iterator[None]:
     """Be the only one who works on `output` while the block lasts.
 
     Parameters
     ----------
     output
-        The cache file, or a run's folder; the folder that it is in is there.
+        The cache file, or a run's folder; the folder that it is in is there. In a store it is not held.
     wait
         Wait for another to finish, for as long as it takes, instead of stopping.
     progress
@@ -61,6 +63,9 @@ def hold_output(
     OutputError
         If a lock cannot be made there at all.
     """
+    if isinstance(output, RemotePath):
+        yield
+        return
     lock = _acquire(output, wait, progress, doing)
     try:
         with contextlib.suppress(OSError):  # on Windows its own lock keeps it from being written: nobody is named
@@ -74,8 +79,10 @@ def hold_output(
         lock.release()
 
 
-def is_held(output: Path) -> bool:
+def is_held(output: Place) -> bool:
     """Whether a living process extracts into `output`, as far as can be known. Leaves no trace."""
+    if isinstance(output, RemotePath):
+        return False
     lease = lease_path(output)
     if lease.exists():
         with contextlib.suppress(OSError):

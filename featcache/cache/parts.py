@@ -2,7 +2,7 @@
 
 A part is built in memory, written by plain Python under a temporary name, synced, and renamed to a name that carries
 its digest; it is never opened for writing again. Growing one HDF5 file in place was tried in every variant: each lost
-or falsified rows at some of the moments when a process can die.
+or falsified rows at some of the moments when a process can die. In a store a part is one upload under that name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from featcache import files
 from featcache.cache.reading import explain_errors
 from featcache.dataset import STATS, Digests, KnownFiles, Stats
-from featcache.errors import CacheError, OutputError
-from featcache.files import hash_bytes, list_temporary, write_atomically
-from featcache.metering import Meter, Spent, add_up
+from featcache.dataset.texts import TextColumn, pack_digests
+from featcache.errors import CacheError, OutputError, StoreError
+from featcache.files import hash_bytes, list_temporary
+from featcache.metering import NOTHING_SPENT, Meter, Spent, add_up
+from featcache.storage import REQUESTS, Place, RemotePath, read_named, remove_files, write_named
 
 PART_SCHEMA = 1
 # A part is written when it is that old or that large: what a kill may lose, and what is read again at a time.
@@ -37,10 +40,17 @@ MANY_PARTS = 64
 MAX_PART_BYTES = 1 << 30  # what lies there and is larger is no part
 ROWS, FILES = "rows", "files"
 PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
-PART_TEMPORARY_NAME = re.compile(rf"\.({PART_NAME.pattern})\.\d+\.tmp")
+NOTES = ("job", "bad", "done")  # small files beside the parts, see `featcache.cache.jobs`
+NOTE_NAME = re.compile(rf"(?P<note>{'|'.join(NOTES)})-[0-9a-f]{{16}}-[0-9a-f]{{16}}([0-9a-f]{{16}}|-\d+of\d+)\.json")
+PART_TEMPORARY_NAME = re.compile(rf"\.({PART_NAME.pattern}|{NOTE_NAME.pattern})\.\d+\.tmp")
 
 
-def parts_path(output: Path) -> Path:
+def is_ours(name: str) -> bool:
+    """Whether a file of this name in a folder of parts is featcache's."""
+    return bool(PART_NAME.fullmatch(name) or NOTE_NAME.fullmatch(name))
+
+
+def parts_path(output: Place) -> Place:
     """The folder of the parts of an extraction into `output`."""
     return output.with_name(output.name + ".parts")
 
@@ -56,6 +66,8 @@ class PartWriter:
         The extractor's key.
     dtype
         Type in which the features are stored.
+    spent
+        What was done for the rows before, elsewhere.
 
     Attributes
     ----------
@@ -63,13 +75,13 @@ class PartWriter:
         Those that were written.
     """
 
-    def __init__(self, folder: Path, key: str, dtype: str) -> None:
+    def __init__(self, folder: Place, key: str, dtype: str, *, spent: Spent = NOTHING_SPENT) -> None:
         self.parts: list[Part] = []
         self._folder, self._key, self._dtype = folder, key, np.dtype(dtype)
         self._digests: list[str] = []
         self._features: list[NDArray[Any]] = []
         self._bytes = 0
-        self._meter = Meter()
+        self._meter, self._before = Meter(), spent
 
     def add(self, digests: Sequence[str], features: NDArray[Any]) -> None:
         """Take the features (B, D) of B images.
@@ -91,14 +103,15 @@ class PartWriter:
         """Write what is there as a part."""
         if not self._digests:
             return
-        spent, meter = self._meter.read(), Meter()
+        spent, meter = self._before + self._meter.read(), Meter()
         columns = {"features": np.concatenate(self._features), "digests": np.array(self._digests, "S64")}
         path = _write_part(self._folder, f"{ROWS}-{self._key[:16]}", columns, self._key, spent)
         self.parts.append(Part(path=path, key=self._key, spent=spent, columns={"digests": columns["digests"]}))
-        self._digests, self._features, self._bytes, self._meter = [], [], 0, meter
+        self._digests, self._features, self._bytes = [], [], 0
+        self._meter, self._before = meter, NOTHING_SPENT
 
 
-def keep_files(folder: Path, stats: Stats, digests: Digests) -> None:
+def keep_files(folder: Place, stats: Stats, digests: Digests) -> None:
     """Write a part of files that were hashed.
 
     Parameters
@@ -113,6 +126,30 @@ def keep_files(folder: Path, stats: Stats, digests: Digests) -> None:
     _write_part(folder, FILES, {"stats": stats.astype("<i8"), "digests": digests.astype("S64")}, "", Spent())
 
 
+class PackedColumns(Mapping[str, NDArray[Any]]):
+    """The columns of a part, of which "digests" takes half of its memory until it is asked for.
+
+    Attributes
+    ----------
+    digests
+        That column.
+    """
+
+    def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        self.digests = pack_digests(columns.get("digests", np.empty(0, "S64")))
+        self._names = tuple(columns)
+        self._others = {name: values for name, values in columns.items() if name != "digests"}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self.digests.array if name == "digests" and name in self._names else self._others[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """A part that was found whole.
@@ -121,13 +158,22 @@ class Part:
     is what its rows cost, CPU seconds and joules None where a featcache wrote it that did not count them.
     """
 
-    path: Path
+    path: Place
     key: str
     spent: Spent
-    columns: dict[str, NDArray[Any]]
+    columns: Mapping[str, NDArray[Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", PackedColumns(self.columns))
 
     def __len__(self) -> int:
-        return len(self.columns["digests"])
+        return len(self.digests)
+
+    @property
+    def digests(self) -> TextColumn:
+        """The N digests, packed: what should hold those of many parts holds these."""
+        assert isinstance(self.columns, PackedColumns)
+        return self.columns.digests
 
     def read_features(self) -> NDArray[Any]:
         """(N, D) in the stored precision.
@@ -140,7 +186,7 @@ class Part:
         return _load(self.path, {"features"}).columns["features"]
 
 
-def list_parts(output: Path, kind: str, key: str = "") -> tuple[list[Part], list[Path]]:
+def list_parts(output: Place, kind: str, key: str = "") -> tuple[list[Part], list[Place]]:
     """The parts of one kind that lie beside `output`.
 
     Parameters
@@ -158,23 +204,40 @@ def list_parts(output: Path, kind: str, key: str = "") -> tuple[list[Part], list
         Those that are whole, in the order of their names.
     damaged
         Files that are not what their name says.
+
+    Raises
+    ------
+    StoreError
+        If the store in which they are does not answer.
     """
+    wanted = f"{ROWS}-{key[:16]}" if kind == ROWS else kind
+    names = {path: PART_NAME.fullmatch(path.name) for path in list_files(parts_path(output))}
     parts, damaged = [], []
-    for path in _list_files(parts_path(output)):
-        match = PART_NAME.fullmatch(path.name)
-        if not match or match["kind"] != (f"{ROWS}-{key[:16]}" if kind == ROWS else kind):
-            continue
-        try:
-            part = _load(path, {"digests", "stats"})
-        except CacheError:
+    for path, part in _load_all([path for path, match in names.items() if match and match["kind"] == wanted]):
+        if part is None:
             damaged.append(path)
-            continue
-        if part.key == key:
+        elif part.key == key:
             parts.append(part)
     return parts, damaged
 
 
-def merge_parts(output: Path, kind: str, key: str = "") -> None:
+def _load_all(paths: Sequence[Place]) -> Iterator[tuple[Place, Part | None]]:
+    """Parts, None where one is damaged; from a store many at a time."""
+
+    def load(path: Place) -> Part | None:
+        try:
+            return _load(path, {"digests", "stats"})
+        except CacheError:
+            return None
+
+    if any(isinstance(path, RemotePath) for path in paths):
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            yield from zip(paths, pool.map(load, paths), strict=True)
+    else:
+        yield from ((path, load(path)) for path in paths)
+
+
+def merge_parts(output: Place, kind: str, key: str = "") -> None:
     """Make one part of all small ones, if there are many; only who holds the lock may.
 
     Parameters
@@ -187,7 +250,8 @@ def merge_parts(output: Path, kind: str, key: str = "") -> None:
     OutputError
         If it cannot be written; the small ones are there still.
     """
-    small = [part for part in list_parts(output, kind, key)[0] if part.path.stat().st_size < SMALL_BYTES]
+    sizes = list_sizes(parts_path(output))
+    small = [part for part in list_parts(output, kind, key)[0] if sizes.get(part.path, SMALL_BYTES) < SMALL_BYTES]
     if len(small) < MANY_PARTS:
         return
     columns = {name: np.concatenate([part.columns[name] for part in small]) for name in small[0].columns}
@@ -195,12 +259,10 @@ def merge_parts(output: Path, kind: str, key: str = "") -> None:
         columns["features"] = np.concatenate([part.read_features() for part in small])
     prefix = f"{ROWS}-{key[:16]}" if kind == ROWS else FILES
     _write_part(parts_path(output), prefix, columns, key, add_up(part.spent for part in small))
-    for part in small:  # NOTE: after the new one is on the disk
-        with contextlib.suppress(OSError):
-            files.disk.remove(part.path)
+    _remove([part.path for part in small])  # NOTE: after the new one is on the disk
 
 
-def read_known_files(output: Path) -> tuple[Stats, Digests]:
+def read_known_files(output: Place) -> tuple[Stats, Digests]:
     """What is known of files from the parts beside `output`: stats (N, 4) and digests (N,)."""
     parts, _ = list_parts(output, FILES)
     stats = [np.empty((0, len(STATS)), np.int64), *(part.columns["stats"] for part in parts)]
@@ -215,54 +277,83 @@ def make_known_files(*sources: tuple[Stats, Digests]) -> KnownFiles:
     )
 
 
-def remove_parts(output: Path, key: str) -> list[Path]:
+def remove_parts(output: Place, key: str) -> list[Place]:
     """Remove the parts of this extractor, of files, and what a dead process left of one; give what is left.
 
-    Parts of another extractor are somebody's work: they stay.
+    Parts of another extractor are somebody's work: they stay. What cannot be removed stays, too: the finished file is
+    there, nobody needs it, and `cache prune` tries again.
     """
     folder = parts_path(output)
-    if not folder.is_dir():
-        return []
-    mine = (f"{ROWS}-{key[:16]}", FILES)
-    for path in _list_files(folder):
-        part = PART_NAME.fullmatch(path.name)
-        if PART_TEMPORARY_NAME.fullmatch(path.name) or (part and part["kind"] in mine):
-            with contextlib.suppress(OSError):  # the finished file is there, nobody needs it; `cache prune` tries again
-                files.disk.remove(path)
-    left = sorted(folder.glob("*"))
-    if not left:
+    with contextlib.suppress(StoreError):
+        _remove(_list_mine(folder, key))
+        if isinstance(folder, RemotePath):
+            return list(folder.list_below())
+    left = sorted(folder.glob("*")) if isinstance(folder, Path) else []
+    if not left and isinstance(folder, Path) and folder.is_dir():
         with contextlib.suppress(OSError):  # somebody put something there meanwhile
             files.disk.remove_folder(folder)
-    return left
+    return list[Place](left)
 
 
-def remove_temporary(output: Path) -> None:
+def _list_mine(folder: Place, key: str) -> list[Place]:
+    """What an extractor, and dead processes, left in a folder of parts."""
+    mine = (f"{ROWS}-{key[:16]}-", f"{FILES}-", *(f"{kind}-{key[:16]}-" for kind in NOTES))
+    return [
+        path
+        for path in list_files(folder)
+        if PART_TEMPORARY_NAME.fullmatch(path.name) or (is_ours(path.name) and path.name.startswith(mine))
+    ]
+
+
+def remove_temporary(output: Place) -> None:
     """Remove unfinished files that a dead process left; only who holds the lock may."""
-    parts = [path for path in _list_files(parts_path(output)) if PART_TEMPORARY_NAME.fullmatch(path.name)]
-    for path in [*list_temporary(output), *parts]:
-        with contextlib.suppress(OSError):
-            files.disk.remove(path)
+    if isinstance(output, Path):  # in a store nothing is unfinished
+        parts = [path for path in list_files(parts_path(output)) if PART_TEMPORARY_NAME.fullmatch(path.name)]
+        _remove([*list_temporary(output), *parts])
 
 
-def check_parts(output: Path) -> None:
+def _remove(paths: Sequence[Place]) -> None:
+    """Remove files, as far as they can be."""
+    for path in paths:
+        if isinstance(path, Path):
+            with contextlib.suppress(OSError):
+                files.disk.remove(path)
+    with contextlib.suppress(OSError):
+        remove_files([path for path in paths if isinstance(path, RemotePath)])
+
+
+def check_parts(output: Place) -> None:
     """Raise an OutputError if something lies where the parts of an extraction into `output` go."""
     folder = parts_path(output)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise OutputError(f"{folder} is there and no folder of featcache's; move it, or choose another place with -o")
 
 
-def _list_files(folder: Path) -> list[Path]:
-    """Regular files of a size that parts have; pipes, links and giants are none of ours."""
-    found = []
+def read_file(path: Place) -> bytes:
+    """The bytes of a small file; OSError if they cannot be read."""
+    return path.read_bytes()
+
+
+def list_files(folder: Place) -> list[Place]:
+    """Regular files of a size that parts have, sorted; pipes, links and giants are none of ours."""
+    return sorted(list_sizes(folder), key=str)
+
+
+def list_sizes(folder: Place) -> dict[Place, int]:
+    """These files, each with its bytes."""
+    if isinstance(folder, RemotePath):
+        return {path: size for path, size in folder.list_below().items() if size < MAX_PART_BYTES}
+    found: dict[Place, int] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(OSError):  # it has just gone
-                if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size < MAX_PART_BYTES:
-                    found.append(Path(entry.path))
-    return sorted(found)
+                size = entry.stat(follow_symlinks=False).st_size
+                if entry.is_file(follow_symlinks=False) and size < MAX_PART_BYTES:
+                    found[Path(entry.path)] = size
+    return found
 
 
-def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key: str, spent: Spent) -> Path:
+def _write_part(folder: Place, prefix: str, columns: dict[str, NDArray[Any]], key: str, spent: Spent) -> Place:
     with h5py.File("part", "w", driver="core", backing_store=False, libver=("v110", "v110")) as file:
         file.attrs["featcache_part"] = PART_SCHEMA
         file.attrs.update({name: value for name, value in spent.to_json().items() if value is not None})
@@ -272,15 +363,19 @@ def _write_part(folder: Path, prefix: str, columns: dict[str, NDArray[Any]], key
         file.flush()
         data = file.id.get_file_image()
     path = folder / f"{prefix}-{hash_bytes(data)[:32]}.h5"
-    write_atomically(path, data)
+    write_named(path, data)
     return path
 
 
-def _load(path: Path, names: set[str]) -> Part:
+def _load(path: Place, names: set[str]) -> Part:
     """A part, if its bytes are those that its name promises; HDF5 sees them only then."""
+
+    def is_right(data: bytes) -> bool:
+        return hash_bytes(data)[:32] == path.stem.rpartition("-")[2]
+
     try:
-        data = path.read_bytes()
-        if hash_bytes(data)[:32] != path.stem.rpartition("-")[2]:
+        data = read_named(path, is_right)
+        if not is_right(data):
             raise CacheError(f"{path} is damaged: its bytes are not those of its name; run the same command again")
         with explain_errors(path), h5py.File(io.BytesIO(data), "r") as file:
             if file.attrs["featcache_part"] != PART_SCHEMA:
@@ -291,5 +386,7 @@ def _load(path: Path, names: set[str]) -> Part:
                 spent=Spent.from_json(dict(file.attrs)),
                 columns={name: file[name][:] for name in names if name in file},
             )
+    except StoreError:  # which is not damage
+        raise
     except OSError as error:
         raise CacheError(f"{path} cannot be read: {error.strerror}; run the same command again") from error

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,9 +36,11 @@ from featcache.cache.contents import (
 from featcache.cache.key import hash_extractor
 from featcache.cache.streaming import StreamedFeatures
 from featcache.config import ExtractConfig, ImportConfig, is_imported
-from featcache.dataset import SPLITS, STATS, Split
-from featcache.errors import CacheError
+from featcache.dataset import SPLITS, STATS, Split, Stats
+from featcache.dataset.texts import MANY_TEXTS, OpenFile, StoredTexts
+from featcache.errors import CacheError, StoreError
 from featcache.files import canonical_json, hash_bytes
+from featcache.storage import Place, bring_here, is_there, locate
 from featcache.views import NO_VIEWS, Views
 
 TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
@@ -47,15 +49,16 @@ SMALL_COLUMNS = COLUMNS[1:]
 VIEWS = "views"  # of features (N, K, D), and the attribute that says which these are; only where there are some
 CURE = "extract again with --force, or elsewhere with -o"
 READ_ROWS = 4 * BLOCK_ROWS  # at a time: one block for each of a few cores
+COLUMN_BYTES = 1 << 20  # of a small column, about, that are checked at a time
 MAX_DEPTH = 20  # of JSON
 MAX_TEXT = 1 << 28  # bytes of one attribute; the longest honest one lists the bad files of a large data set
 
 
-def open_cache(path: Path | str) -> FeatureCache:
+def open_cache(path: Place | str) -> FeatureCache:
     """Open a feature cache: everything but the features is read and checked, the features are mapped.
 
     The mapped features are read from the disk when they are used, and are not checked against their digests; see
-    `verify_cache`.
+    `verify_cache`. Of many rows, paths, digests and stats stay on the disk too, once they are checked.
 
     Raises
     ------
@@ -66,7 +69,7 @@ def open_cache(path: Path | str) -> FeatureCache:
         return reader.cache
 
 
-def read_cache(path: Path | str) -> FeatureCache:
+def read_cache(path: Place | str) -> FeatureCache:
     """Read a feature cache into memory, features as float32, every byte checked against its digest.
 
     Raises
@@ -84,7 +87,7 @@ def read_cache(path: Path | str) -> FeatureCache:
 
 
 @contextlib.contextmanager
-def stream_cache(path: Path | str) -> Iterator[FeatureCache]:
+def stream_cache(path: Place | str) -> Iterator[FeatureCache]:
     """A feature cache whose features stay on the disk, as long as the block lasts; every byte is checked at once.
 
     Features and views are `StreamedFeatures`: a slice of rows is read when it is wanted, and nothing of it is kept.
@@ -141,7 +144,7 @@ class Verification:
         The same of the features of views: rows whose views cannot all be used.
     """
 
-    path: Path
+    path: Place
     rows: int
     bytes: int
     cure: str
@@ -162,15 +165,15 @@ class Verification:
         ]
 
 
-def verify_cache(path: Path | str) -> Verification:
-    """Recompute every digest of a cache, block by block, in little memory.
+def verify_cache(path: Place | str) -> Verification:
+    """Recompute every digest of a cache, block by block, in little memory; one in a store is downloaded for it.
 
     Raises
     ------
     CacheError
         If it is not a feature cache, or anything but features is damaged.
     """
-    with CacheReader(path) as reader:
+    with CacheReader(path, fresh=True) as reader:
         reader.check_columns()
         damaged: dict[str, list[tuple[str, int, int]]] = {"features": [], VIEWS: []}
         for name in reader.lengths:
@@ -180,23 +183,23 @@ def verify_cache(path: Path | str) -> Verification:
         return Verification(
             path=reader.path,
             rows=sum(reader.lengths.values()),
-            bytes=reader.path.stat().st_size,
+            bytes=reader.bytes,
             cure=format_cure(reader.path, reader.provenance),
             damaged=tuple(damaged["features"]),
             damaged_views=tuple(damaged[VIEWS]),
         )
 
 
-def is_feature_cache(path: Path) -> bool:
+def is_feature_cache(path: Place) -> bool:
     """Whether a file is HDF5 and says that it is a feature cache, however damaged."""
     try:
-        with path.open("rb") as stream, h5py.File(stream, "r") as file:
+        with bring_here(path).open("rb") as stream, h5py.File(stream, "r") as file:
             return "featcache_schema" in file.attrs
     except (OSError, RuntimeError, KeyError, ValueError):
         return False
 
 
-def read_summary(path: Path) -> str:
+def read_summary(path: Place) -> str:
     """A feature cache in half a line: backbone, rows, width.
 
     Raises
@@ -217,6 +220,13 @@ class CacheReader:
 
     It stays the same file even if another one takes its name meanwhile.
 
+    Parameters
+    ----------
+    path
+        A file, or a URL of an object in a store, of which a copy on this machine is read, see `storage`.
+    fresh
+        Do not trust a copy that is there.
+
     Attributes
     ----------
     path
@@ -234,11 +244,11 @@ class CacheReader:
         If there is no such file, it is not a feature cache, or what was read of it is damaged.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Place | str, *, fresh: bool = False) -> None:
+        self.path = locate(path)
         self._stack = contextlib.ExitStack()
         try:
-            self._file, self._stream = self._stack.enter_context(open_hdf5(self.path))
+            self._file, self._stream = self._stack.enter_context(open_hdf5(self.path, fresh=fresh))
             with explain_errors(self.path):
                 self._texts = _read_texts(self._file, self.path)
                 self._extractor = self._load_json("extractor", dict)
@@ -288,7 +298,12 @@ class CacheReader:
         with explain_errors(self.path):
             for name in self.lengths:
                 for column in SMALL_COLUMNS:
-                    self._read_column(name, column)
+                    self._check_column(name, column)
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return os.fstat(self._stream.fileno()).st_size
 
     def list_features(self, split: str) -> list[str]:
         """The columns of features of a split: "features", and "views" where it has some."""
@@ -430,10 +445,10 @@ class CacheReader:
 
     def _read_split(self, name: str) -> FeatureSplit:
         listing = Split(
-            paths=tuple(os.fsdecode(value) for value in self._read_column(name, "paths").tolist()),
-            labels=self._read_column(name, "labels").astype(np.int64),
-            digests=tuple(str(value, "ascii") for value in self._read_column(name, "digests").tolist()),
-            stats=self._read_column(name, "stats").astype(np.int64),
+            paths=self._read_texts(name, "paths"),
+            labels=self._read_column(name, "labels").astype(np.int64, copy=False),
+            digests=self._read_texts(name, "digests"),
+            stats=self._read_stats(name),
         )
         values = {
             column: map_features(self._columns[name][column], self._stream, self.path)
@@ -441,18 +456,71 @@ class CacheReader:
         }
         return FeatureSplit(listing=listing, **values)
 
+    def _read_texts(self, name: str, column: str) -> Sequence[str]:
+        """Paths or digests; many of them are checked, and read again when they are wanted."""
+        if self.lengths[name] < MANY_TEXTS:
+            return tuple(os.fsdecode(value) for value in self._read_column(name, column).tolist())
+        self._check_column(name, column)
+        return self._store_texts(name, column)
+
+    def _read_stats(self, name: str) -> Stats:
+        """What the file system said of each file; of many it is checked, and mapped."""
+        if self.lengths[name] < MANY_TEXTS:
+            return self._read_column(name, "stats").astype(np.int64, copy=False)
+        self._check_column(name, "stats")
+        return map_features(self._columns[name]["stats"], self._stream, self.path)
+
+    def _store_texts(self, name: str, column: str) -> StoredTexts:
+        there = self._columns[name][column]
+        return StoredTexts(self._kept, there.id.get_offset(), len(there), there.dtype.itemsize)
+
+    @functools.cached_property
+    def _kept(self) -> OpenFile:
+        """The file, for columns that outlive this reader."""
+        return OpenFile(self._stream.fileno(), str(self.path))
+
     def _read_column(self, name: str, column: str) -> NDArray[Any]:
         """A small column, if it is what was written and makes sense."""
-        values: NDArray[Any] = self._columns[name][column][:]
-        if hash_bytes(np.ascontiguousarray(values).tobytes()) != self._columns_sha256.get(f"{name}/{column}"):
-            raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; {CURE}")
-        if column == "labels" and len(values) and not (values.min() >= 0 and values.max() < self._n_classes):
-            raise CacheError(f"{self.path} is damaged: {name}/labels are not indices into its classes; {CURE}")
-        if column == "paths" and (bad := _find_stray_path(values)) is not None:
-            raise CacheError(f"{self.path} is not a feature cache: {name}/paths leads out of the data: {bad!r}")
-        if column == "digests" and not values.tobytes().isascii():
-            raise CacheError(f"{self.path} is not a feature cache: {name}/digests are no digests; {CURE}")
+        there = self._columns[name][column]
+        values: NDArray[Any] = np.empty(there.shape, there.dtype)
+        for start, block in self._iterate_column(name, column):
+            values[start : start + len(block)] = block
         return values
+
+    def _check_column(self, name: str, column: str) -> None:
+        """Raise a CacheError if a column is not what was written, or makes no sense."""
+        for _ in self._iterate_column(name, column):
+            pass
+
+    def _iterate_column(self, name: str, column: str) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A column in pieces, each with its first row's number; at its end it is known to be right, or an error raised.
+
+        NOTE: texts that stay on the disk are read here as they will be then, not by HDF5, to which they may be others.
+        """
+        there = self._columns[name][column]
+        stored = len(there) >= MANY_TEXTS and column in ("paths", "digests")
+        texts = self._store_texts(name, column) if stored else None
+        digest, step, problem = hashlib.sha256(), max(COLUMN_BYTES * len(there) // max(there.nbytes, 1), 1), ""
+        for start in range(0, len(there), step):
+            stop = min(start + step, len(there))
+            block: NDArray[Any] = texts.read(start, stop) if texts is not None else there[start:stop]
+            digest.update(np.ascontiguousarray(block).data)
+            problem = problem or self._find_nonsense(name, column, block)
+            yield start, block
+        if digest.hexdigest() != self._columns_sha256.get(f"{name}/{column}"):
+            raise CacheError(f"{self.path} is damaged: {name}/{column} is not what was written; {CURE}")
+        if problem:
+            raise CacheError(f"{self.path} {problem}")
+
+    def _find_nonsense(self, name: str, column: str, values: NDArray[Any]) -> str:
+        """What makes no sense in a piece of a column, in words; "" if all does."""
+        if column == "labels" and not (values.min() >= 0 and values.max() < self._n_classes):
+            return f"is damaged: {name}/labels are not indices into its classes; {CURE}"
+        if column == "paths" and (bad := _find_stray_path(values)) is not None:
+            return f"is not a feature cache: {name}/paths leads out of the data: {bad!r}"
+        if column == "digests" and not values.tobytes().isascii():
+            return f"is not a feature cache: {name}/digests are no digests; {CURE}"
+        return ""
 
 
 def _find_stray_path(paths: NDArray[np.bytes_]) -> bytes | None:
@@ -478,7 +546,7 @@ def hash_blocks(features: NDArray[Any]) -> list[str]:
         return list(pool.map(hash_one, starts))
 
 
-def map_features(dataset: h5py.Dataset, stream: FileIO, path: Path) -> NDArray[Any]:
+def map_features(dataset: h5py.Dataset, stream: FileIO, path: Place) -> NDArray[Any]:
     """A column's values as an array that is read from the file when it is used."""
     offset = dataset.id.get_offset()
     if offset is None:  # no rows
@@ -490,7 +558,7 @@ def map_features(dataset: h5py.Dataset, stream: FileIO, path: Path) -> NDArray[A
 
 
 @contextlib.contextmanager
-def open_hdf5(path: Path) -> Iterator[tuple[h5py.File, FileIO]]:
+def open_hdf5(path: Place, *, fresh: bool = False) -> Iterator[tuple[h5py.File, FileIO]]:
     """An HDF5 file for reading, and the stream that it is read from; no lock of anybody's keeps it from being read.
 
     Raises
@@ -505,10 +573,11 @@ def open_hdf5(path: Path) -> Iterator[tuple[h5py.File, FileIO]]:
             raise CacheError(
                 f"{path} does not exist: expected a feature cache; `featcache extract DATA -o {path}` makes one"
             )
-        status = path.stat()
+        here = bring_here(path, fresh=fresh)
+        status = here.stat()
         if hasattr(status, "st_blocks") and status.st_size > (1 << 30) + 1000 * 512 * status.st_blocks:
             raise CacheError(f"{path} claims {status.st_size:,} bytes and holds {512 * status.st_blocks:,}; remove it")
-    with path.open("rb", buffering=0) as stream:  # NOTE: HDF5's own locks fail on some network file systems
+    with here.open("rb", buffering=0) as stream:  # NOTE: HDF5's own locks fail on some network file systems
         with explain_errors(path):
             file = h5py.File(stream, "r")
         try:
@@ -518,12 +587,14 @@ def open_hdf5(path: Path) -> Iterator[tuple[h5py.File, FileIO]]:
 
 
 @contextlib.contextmanager
-def explain_errors(path: Path) -> Iterator[None]:
+def explain_errors(path: Place) -> Iterator[None]:
     """Whatever HDF5 and a strange file can raise, as one line that names the file."""
     try:
         yield
     except MemoryError as error:
         raise CacheError(f"{path} does not fit into memory ({path.stat().st_size:,} bytes)") from error
+    except StoreError as error:
+        raise CacheError(f"cannot read {path}: {error.strerror}; run it again when that is mended") from error
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(
@@ -532,7 +603,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
+def find_column(file: h5py.File, name: str, path: Place) -> h5py.Dataset:
     """A column, if it really lies in this file, as one plain piece of a size that the file can hold.
 
     Raises
@@ -560,7 +631,7 @@ def find_column(file: h5py.File, name: str, path: Path) -> h5py.Dataset:
     return group
 
 
-def _read_texts(file: h5py.File, path: Path) -> dict[str, str]:
+def _read_texts(file: h5py.File, path: Place) -> dict[str, str]:
     """The attributes, if they are those of a cache of this schema and what was written."""
     if "featcache_schema" not in file.attrs:
         raise CacheError(f"{path} is an HDF5 file but not a feature cache; `featcache extract DATA` makes one")
@@ -576,7 +647,7 @@ def _read_texts(file: h5py.File, path: Path) -> dict[str, str]:
     return texts
 
 
-def _read_plain(file: h5py.File, name: str, path: Path) -> str | int:
+def _read_plain(file: h5py.File, name: str, path: Place) -> str | int:
     """An attribute that is one integer or one text of fixed length; nothing that points anywhere."""
     attribute = file.attrs.get_id(name)
     if attribute.shape != () or attribute.dtype.kind not in "iuS" or attribute.dtype.itemsize > MAX_TEXT:
@@ -590,7 +661,7 @@ def hash_texts(texts: Mapping[str, str]) -> str:
     return hash_bytes(canonical_json(dict(texts)).encode())
 
 
-def load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
+def load_json(text: str, kind: type[Any], name: str, path: Place) -> Any:
     """JSON of an attribute, if it is of this kind."""
     value = json.loads(text)
     if not isinstance(value, kind):
@@ -603,7 +674,7 @@ def load_json(text: str, kind: type[Any], name: str, path: Path) -> Any:
     return value
 
 
-def check_complete(cache: FeatureCache, path: Path | str) -> None:
+def check_complete(cache: FeatureCache, path: Place | str) -> None:
     """Raise a CacheError if the descriptions in a cache lack something that every extraction or import writes."""
     extractor, origin = cache.extractor, cache.provenance
     imported = is_imported(str(extractor.get("backbone")))
@@ -655,7 +726,7 @@ def _is_colour(value: Any) -> bool:
     return isinstance(value, list) and len(value) in (1, 3) and all(isinstance(number, float | int) for number in value)
 
 
-def _say_damage(path: Path, column: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
+def _say_damage(path: Place, column: str, rows: tuple[int, int], provenance: dict[str, Any]) -> str:
     return (
         f"{path} is damaged: {column} rows {rows[0]} to {rows[1] - 1} are not what was written; "
         f"`{format_cure(path, provenance)}` makes them again"
@@ -670,7 +741,7 @@ def _spell(name: str, value: Any) -> list[str]:
     return texts if name == "layer" else [("x" if name in ("input_size", "resize") else ",").join(texts)]
 
 
-def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
+def format_command(path: Place, provenance: Mapping[str, Any]) -> str:
     """The command that made a cache."""
     settings, table = provenance.get("settings", {}), provenance.get("table")
     config = ImportConfig if isinstance(table, str) else ExtractConfig
@@ -688,13 +759,13 @@ def format_command(path: Path, provenance: Mapping[str, Any]) -> str:
     return " ".join([f"featcache {made}", f"-o {shlex.quote(str(path))}", *options])
 
 
-def format_cure(path: Path, provenance: Mapping[str, Any]) -> str:
+def format_cure(path: Place, provenance: Mapping[str, Any]) -> str:
     """The command that mends a damaged cache; an import checks every byte of what is there anyway."""
     command = format_command(path, provenance)
     return command if isinstance(provenance.get("table"), str) else f"{command} --rehash"
 
 
-def open_old(output: Path, *, force: bool) -> FeatureCache | None:
+def open_old(output: Place, *, force: bool) -> FeatureCache | None:
     """The cache that lies at an output; None if nothing does, or, with `force`, a cache that is of no use any more.
 
     Raises
@@ -702,7 +773,7 @@ def open_old(output: Path, *, force: bool) -> FeatureCache | None:
     CacheError
         If something else lies there, or such a cache and `force` is not set.
     """
-    if not os.path.lexists(output):
+    if not is_there(output):
         return None
     try:
         old = open_cache(output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,13 +12,24 @@ from numpy.typing import NDArray
 from featcache.cache.parts import Part
 from featcache.cache.reading import READ_ROWS, VIEWS, CacheReader
 from featcache.dataset import Digests
+from featcache.dataset.texts import BLOCK_TEXTS, TextColumn, TextIndex, pack_blocks, pack_digests
+from featcache.storage import Place
 from featcache.views import NO_VIEWS, Views
 
 
 class Source(Protocol):
-    """Some rows that lie in one place."""
+    """Some rows that lie in one place.
 
-    digests: Digests  # (n,) S64; "" for a row that cannot be used
+    Attributes
+    ----------
+    digests
+        (n,) S64, or a column of them; "" for a row that cannot be used.
+    window
+        Rows that are best read together.
+    """
+
+    digests: Digests | TextColumn
+    window: int
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Features (stop - start, D)."""
@@ -32,23 +42,33 @@ class SplitSource:
 
     Attributes
     ----------
+    digests, window
+        As of every `Source`.
     damaged
         (first row, row after the last) of each such block, in rows of the file.
     """
 
     def __init__(self, reader: CacheReader, split: str, dtype: str, column: str = "features") -> None:
-        self._reader, self._split, self._column = reader, split, column
+        self._reader, self._split, self._column, self.window = reader, split, column, READ_ROWS
         n = self._each = reader.views.count(split) if column == VIEWS else 1
-        names = reader.views.name_rows(reader.cache.splits[split].listing.digests, n if column == VIEWS else 0)
-        self.digests = names[:, -n:].reshape(-1)
         self.damaged: list[tuple[int, int]] = []
+        usable = np.ones(reader.lengths[split] * n, np.bool_)
         for start, features in reader.iterate_features(split, column):
             self.damaged += reader.find_damage(split, features, start, column)
             with np.errstate(over="ignore"):
-                usable = np.isfinite(features.astype(dtype, copy=False)).all(axis=-1).reshape(-1)
-            self.digests[start * n : start * n + len(usable)][~usable] = b""
+                finite = np.isfinite(features.astype(dtype, copy=False)).all(axis=-1).reshape(-1)
+            usable[start * n : start * n + len(finite)] = finite
         for start, stop in self.damaged:
-            self.digests[start * n : stop * n] = b""
+            usable[start * n : stop * n] = False
+        self.digests: Digests | TextColumn = pack_blocks(self._iterate_names(usable), len(usable))
+
+    def _iterate_names(self, usable: NDArray[np.bool_]) -> Iterator[Digests]:
+        """The digests of all rows in blocks, "" where they are not usable (n,)."""
+        images = self._reader.cache.splits[self._split].listing.digests
+        n_views, step = self._each if self._column == VIEWS else 0, BLOCK_TEXTS
+        for start in range(0, len(images), step):
+            names = self._reader.views.name_rows(images[start : start + step], n_views)[:, -self._each :].reshape(-1)
+            yield np.where(usable[start * self._each : start * self._each + len(names)], names, np.bytes_())
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Features (stop - start, D)."""
@@ -59,19 +79,40 @@ class SplitSource:
 
 
 class PartSource:
-    """The rows of a part."""
+    """The rows of a part, which is read as a whole."""
 
     def __init__(self, part: Part) -> None:
-        self._part = part
-        self.digests = part.columns["digests"]
+        self._part, self.window = part, max(len(part), 1)
+        self.digests: Digests | TextColumn = part.digests
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Features (stop - start, D)."""
         return self._part.read_features()[start:stop]
 
 
-class RowTable:
-    """All rows that there are, by digest. The first source that has a row gives it.
+class DigestTable:
+    """Rows that lie in several places, by digest. Of a row that is in two, the first counts.
+
+    Parameters
+    ----------
+    places
+        The digests of each place, (n,) S64 or a column; "" for a row that cannot be used.
+    """
+
+    def __init__(self, places: Sequence[Digests | TextColumn]) -> None:
+        self._starts = np.cumsum([0, *map(len, places)])
+        self._index = TextIndex([pack_digests(place) for place in places])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def find(self, digests: Digests) -> NDArray[np.int64]:
+        """The position of each of N rows in this table, -1 where there is none."""
+        return self._index.find(digests)
+
+
+class RowTable(DigestTable):
+    """The same with the rows themselves.
 
     Parameters
     ----------
@@ -84,18 +125,8 @@ class RowTable:
     """
 
     def __init__(self, sources: Sequence[Source], dim: int, dtype: str) -> None:
+        super().__init__([source.digests for source in sources])
         self._sources, self._dim, self._dtype = list(sources), dim, dtype
-        self._starts = np.cumsum([0, *(len(source.digests) for source in sources)])
-        digests = np.concatenate([np.empty(0, "S64"), *(source.digests for source in sources)])
-        self._order = np.argsort(digests, kind="stable")
-        self._sorted = digests[self._order]
-
-    def find(self, digests: Digests) -> NDArray[np.int64]:
-        """The position of each of N rows in this table, -1 where there is none."""
-        if not len(self._sorted):
-            return np.full(len(digests), -1, np.int64)
-        at = np.minimum(np.searchsorted(self._sorted, digests), len(self._sorted) - 1)
-        return np.where((self._sorted[at] == digests) & (digests != b""), self._order[at], -1)
 
     def read(self, positions: NDArray[np.int64]) -> NDArray[Any]:
         """Features (N, D) of the rows at N positions, in their order; each source is read once, from start to end."""
@@ -103,7 +134,8 @@ class RowTable:
         order = np.argsort(positions, kind="stable")
         bounds = np.searchsorted(positions[order], self._starts)
         for source, offset, first, last in zip(self._sources, self._starts[:-1], bounds[:-1], bounds[1:], strict=True):
-            for wanted, rows in _split_windows(order[first:last], positions[order[first:last]] - offset):
+            mine = order[first:last]
+            for wanted, rows in _split_windows(mine, positions[mine] - offset, source.window):
                 start = int(rows[0])
                 with np.errstate(over="ignore"):  # the writer looks for what is not finite
                     values[wanted] = source.read(start, int(rows[-1]) + 1)[rows - start]
@@ -111,11 +143,11 @@ class RowTable:
 
 
 def _split_windows(
-    wanted: NDArray[np.int64], rows: NDArray[np.int64]
+    wanted: NDArray[np.int64], rows: NDArray[np.int64], window: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Cut sorted rows (and what belongs to them) where a window of READ_ROWS rows ends."""
+    """Cut sorted rows (and what belongs to them) where a window of so many rows ends."""
     if len(rows):
-        cuts = np.flatnonzero(np.diff(rows // READ_ROWS)) + 1
+        cuts = np.flatnonzero(np.diff(rows // window)) + 1
         yield from zip(np.split(wanted, cuts), np.split(rows, cuts), strict=True)
 
 
@@ -140,8 +172,8 @@ class GatheredRows:
 
 @contextlib.contextmanager
 def open_sources(
-    caches: Sequence[Path], dtype: str, views: Views = NO_VIEWS
-) -> Iterator[tuple[list[Source], list[tuple[Path, str, int, int]]]]:
+    caches: Sequence[Place], dtype: str, views: Views = NO_VIEWS
+) -> Iterator[tuple[list[Source], list[tuple[Place, str, int, int]]]]:
     """The rows of finished caches, as long as the block lasts.
 
     Every block of features is compared with its digest first: damaged rows are as good as none, and so are those that

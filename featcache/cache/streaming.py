@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import CacheError
+from featcache.storage import Place
 
 
 class StreamedFeatures:
@@ -28,7 +28,7 @@ class StreamedFeatures:
         Its name, for messages.
     """
 
-    def __init__(self, stream: FileIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], path: Path) -> None:
+    def __init__(self, stream: FileIO, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any], path: Place) -> None:
         self._stream, self._offset, self._path = stream, offset, path
         self.shape, self.dtype = shape, dtype
 

@@ -1,4 +1,7 @@
-"""What caches and leftovers lie in a folder, how large they are, and their removal."""
+"""What caches and leftovers lie in a folder, how large they are, and their removal.
+
+In a store they are known by their names alone: to look into a cache there is to download it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,16 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from featcache.cache.lock import is_held, is_lock, lease_path, lock_path
-from featcache.cache.parts import PART_NAME, PART_TEMPORARY_NAME, parts_path
+from featcache.cache.parts import PART_NAME, PART_TEMPORARY_NAME, is_ours, parts_path
 from featcache.cache.reading import is_feature_cache, read_summary
 from featcache.errors import CacheError, OutputBusyError, OutputError
 from featcache.files import list_temporary
+from featcache.storage import Place, RemotePath, remove_files
 
 SUFFIXES = (".h5", ".hdf5", ".he5")
 CACHE, PARTS, TEMPORARY, LOCK = "cache", "parts", "temporary", "lock"
@@ -41,15 +46,15 @@ class Item:
         What is in it, in words.
     """
 
-    path: Path
+    path: Place
     kind: str
     bytes: int
-    output: Path
+    output: Place
     held: bool
     about: str
 
 
-def list_items(folder: Path) -> list[Item]:
+def list_items(folder: Place) -> list[Item]:
     """Feature caches and leftovers under a folder, sorted by path.
 
     Raises
@@ -59,6 +64,8 @@ def list_items(folder: Path) -> list[Item]:
     """
     if not folder.is_dir():
         raise CacheError(f"{folder} is not a folder: expected one to look for caches in")
+    if isinstance(folder, RemotePath):
+        return _list_remote(folder.list_below(deep=True))
     items: list[Item | None] = []
     for place, folders, names in os.walk(folder):
         here = Path(place)
@@ -67,14 +74,33 @@ def list_items(folder: Path) -> list[Item]:
             items.append(describe_item(here / name))
             if items[-1]:
                 folders.remove(name)  # not looked into
-    return sorted((item for item in items if item), key=lambda item: item.path)
+    return sorted((item for item in items if item), key=lambda item: Path(str(item.path)))
 
 
-def list_near(path: Path) -> list[Item]:
+def _list_remote(sizes: Mapping[RemotePath, int]) -> list[Item]:
+    """Caches and parts among the objects of a store, by their names."""
+    items, parts = [], dict[RemotePath, dict[str, int]]()
+    for path, size in sizes.items():
+        if path.parent.name.endswith(".parts"):
+            parts.setdefault(path.parent, {})[path.name] = size
+        elif path.suffix in SUFFIXES:
+            about = "not looked into, `featcache cache info` downloads it"
+            items.append(Item(path=path, kind=CACHE, bytes=size, output=path, held=False, about=about))
+    for folder, names in parts.items():
+        if about := _describe_names(list(names)):
+            output, size = folder.with_suffix(""), sum(names.values())
+            items.append(Item(path=folder, kind=PARTS, bytes=size, output=output, held=False, about=about))
+    return sorted(items, key=lambda item: str(item.path))
+
+
+def list_near(path: Place) -> list[Item]:
     """A cache file, whatever it is called, and the leftovers beside it."""
-    beside = [lock_path(path), lease_path(path), parts_path(path), *list_temporary(path)]
-    items = [_describe_cache(path), *map(describe_item, beside)]
-    return [item for item in items if item and item.output == path]
+    if isinstance(path, RemotePath):
+        cache = _describe_cache(path) if path.is_file() else None
+        return [item for item in (cache, _describe_remote(path.with_name(parts_path(path).name))) if item]
+    beside = [lock_path(path), lease_path(path), path.with_name(parts_path(path).name), *list_temporary(path)]
+    found = [_describe_cache(path), *map(describe_item, beside)]
+    return [item for item in found if item and item.output == path]
 
 
 def remove_item(item: Item) -> None:
@@ -90,7 +116,9 @@ def remove_item(item: Item) -> None:
     if is_held(item.output):
         raise OutputBusyError(f"cannot remove {item.path}: {item.output} is being extracted; wait for it")
     try:
-        if item.kind == PARTS:
+        if isinstance(item.path, RemotePath):
+            remove_files(list(item.path.list_below()) if item.kind == PARTS else [item.path])
+        elif item.kind == PARTS:
             shutil.rmtree(item.path)
         else:
             item.path.unlink(missing_ok=True)
@@ -98,8 +126,16 @@ def remove_item(item: Item) -> None:
         raise OutputError(f"cannot remove {item.path}: {error.strerror or error}") from error
 
 
-def describe_item(path: Path) -> Item | None:
+def describe_item(path: Place) -> Item | None:
     """What a file or folder is, None if it is nothing of ours or has just gone."""
+    return _describe_remote(path) if isinstance(path, RemotePath) else _describe_local(path)
+
+
+def _describe_remote(path: RemotePath) -> Item | None:
+    return next((item for item in _list_remote(path.list_below()) if item.path == path), None)
+
+
+def _describe_local(path: Path) -> Item | None:
     with contextlib.suppress(OSError):
         if path.is_symlink():
             return None
@@ -115,8 +151,8 @@ def describe_item(path: Path) -> Item | None:
     return None
 
 
-def _describe_cache(path: Path) -> Item | None:
-    if not os.path.isfile(path) or not is_feature_cache(path):  # noqa: PTH113 - no error where one may not look
+def _describe_cache(path: Place) -> Item | None:
+    if (isinstance(path, Path) and not os.path.isfile(path)) or not is_feature_cache(path):  # noqa: PTH113 - no error where one may not look
         return None
     try:
         about = read_summary(path)
@@ -127,17 +163,22 @@ def _describe_cache(path: Path) -> Item | None:
 
 def _describe_parts(folder: Path) -> Item | None:
     names = [entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
-    ours = [match for name in names if (match := PART_NAME.fullmatch(name))]
-    others = len(list(folder.iterdir())) - sum(
-        bool(PART_NAME.fullmatch(name) or PART_TEMPORARY_NAME.fullmatch(name)) for name in names
-    )
-    if others or not names:  # somebody else's folder
+    if len(names) != len(list(folder.iterdir())) or not (about := _describe_names(names)):
         return None
+    return _make_item(folder, PARTS, folder.with_suffix(""), about)
+
+
+def _describe_names(names: list[str]) -> str:
+    """What files in a folder of parts are, in words; "" if it is somebody else's folder."""
+    if not names or not all(is_ours(name) or PART_TEMPORARY_NAME.fullmatch(name) for name in names):
+        return ""
+    ours = [match for name in names if (match := PART_NAME.fullmatch(name))]
     n = sum(match["kind"] != "files" for match in ours)
     rows = f"{n} part{'s' * (n != 1)} of features; " if n else "what is known of image files; "
-    return _make_item(folder, PARTS, folder.with_suffix(""), f"{rows}the same `featcache extract` goes on from there")
+    return f"{rows}the same `featcache extract` goes on from there"
 
 
-def _make_item(path: Path, kind: str, output: Path, about: str) -> Item:
-    size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+def _make_item(path: Place, kind: str, output: Place, about: str) -> Item:
+    is_folder = isinstance(path, Path) and path.is_dir()
+    size = sum(file.stat().st_size for file in Path(str(path)).iterdir()) if is_folder else path.stat().st_size
     return Item(path=path, kind=kind, bytes=size, output=output, held=is_held(output), about=about)

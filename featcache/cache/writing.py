@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -27,9 +26,11 @@ from featcache.cache.contents import (
     hash_content,
 )
 from featcache.cache.reading import VIEWS, hash_blocks, hash_texts, verify_cache
-from featcache.dataset import Split
+from featcache.dataset import STATS, Split
+from featcache.dataset.texts import BLOCK_TEXTS, iterate_blocks, measure_width
 from featcache.errors import CacheError, OutputError
-from featcache.files import NewFile, canonical_json, hash_bytes, hold_interrupts, replace_atomically
+from featcache.files import NewFile, canonical_json, hash_bytes, hold_interrupts
+from featcache.storage import Place, RemotePath, assembly_path, replace_whole
 
 # Of the features that are gathered at a time. Rows in another order than their sources' are looked for once per such
 # piece, so that it should be large; it is what an assembly needs of memory.
@@ -38,7 +39,7 @@ PIECE_BYTES = 64 << 20
 HDF5 = {"libver": ("v110", "v110"), "alignment_threshold": 512, "alignment_interval": 64}
 
 
-def write_cache(path: Path, cache: FeatureCache) -> FeatureCache:
+def write_cache(path: Place, cache: FeatureCache) -> FeatureCache:
     """Write a cache so that `path` holds all of it or what was there before.
 
     The features are taken slice by slice and stored in one piece per split, in the extractor's stored precision. The
@@ -57,7 +58,7 @@ def write_cache(path: Path, cache: FeatureCache) -> FeatureCache:
     """
     size = estimate_bytes(cache)
     check_space(path, size)
-    with replace_atomically(path, size) as new:
+    with replace_whole(path, size) as new:
         with _hdf5_into(new) as (file, sink):
             columns_sha256 = {}
             for name, split in cache.splits.items():
@@ -79,20 +80,22 @@ def estimate_bytes(cache: FeatureCache) -> int:
     width = np.dtype(STORED_TYPES[cache.stored]).itemsize
     total = 0
     for name, split in cache.splits.items():
-        longest = max(map(len, split.listing.paths), default=1)
+        longest = max(measure_width(split.listing.paths), 1)
         features = (1 + cache.views.count(name)) * int(split.features.shape[1])
         total += len(split) * (features * width + 8 + longest + 64 + 32)
     texts = json.dumps([cache.classes, cache.extractor, cache.provenance])
     return total + len(texts) + 6000
 
 
-def check_space(path: Path, size: int) -> None:
+def check_space(path: Place, size: int) -> None:
     """Raise an OutputError if the disk has not `size` bytes left, before anything is written."""
     with contextlib.suppress(OSError):  # a file system that does not say
-        free = shutil.disk_usage(path.parent).free
+        folder = assembly_path(path)
+        free = shutil.disk_usage(folder).free
         if free < size:
+            where = f"the disk of {folder}, where it is made," if isinstance(path, RemotePath) else "the disk"
             raise OutputError(
-                f"cannot write {path}: it needs {size:,} bytes and the disk has {free:,} left; free some, the same "
+                f"cannot write {path}: it needs {size:,} bytes and {where} has {free:,} left; free some, the same "
                 f"command goes on from there"
             )
 
@@ -103,13 +106,11 @@ def _write_split(file: h5py.File, sink: _Sink, name: str, split: FeatureSplit, d
     for column, rows in {"features": split.features, VIEWS: split.views}.items():
         if rows is not None:
             blocks = _write_features(file, sink, f"{name}/{column}", rows, dtype)
-            columns[f"{column}_sha256"] = np.array([block.encode() for block in blocks], "S64")
+            texts = np.array([block.encode() for block in blocks], "S64")
+            columns[f"{column}_sha256"] = Column(texts.shape, "S64", [texts])
             digests[column] = hash_bytes("".join(blocks).encode())
     for column, values in {**columns, **_list_columns(split.listing)}.items():
-        with hold_interrupts():
-            file.create_dataset(f"{name}/{column}", data=values)
-        sink.check()
-        digests[column] = hash_bytes(values.tobytes())
+        digests[column] = _write_column(file, sink, f"{name}/{column}", values)
     return digests
 
 
@@ -136,14 +137,41 @@ def _write_features(file: h5py.File, sink: _Sink, name: str, rows: Rows, dtype: 
     return blocks
 
 
-def _list_columns(listing: Split) -> dict[str, NDArray[Any]]:
-    paths = np.array([os.fsencode(path) for path in listing.paths], dtype=np.bytes_)
+class Column(NamedTuple):
+    """A small column: shape, type, and its values in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: Iterable[NDArray[Any]]
+
+
+def _list_columns(listing: Split) -> dict[str, Column]:
+    n, longest = len(listing), max(measure_width(listing.paths), 1)
     return {
-        "labels": listing.labels.astype("<i8"),
-        "paths": paths if len(paths) else np.empty(0, "S1"),
-        "digests": np.array(listing.digests, dtype="S64"),
-        "stats": listing.stats.astype("<i8"),
+        "labels": Column((n,), "<i8", _cut(listing.labels)),
+        "paths": Column((n,), f"S{longest}", (block for _, block in iterate_blocks(listing.paths))),
+        "digests": Column((n,), "S64", (block for _, block in iterate_blocks(listing.digests))),
+        "stats": Column((n, len(STATS)), "<i8", _cut(listing.stats)),
     }
+
+
+def _cut(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    return (values[start : start + BLOCK_TEXTS] for start in range(0, len(values), BLOCK_TEXTS))
+
+
+def _write_column(file: h5py.File, sink: _Sink, name: str, column: Column) -> str:
+    """Write a column piece by piece; give its digest."""
+    with hold_interrupts():
+        dataset = file.create_dataset(name, column.shape, column.dtype)
+    start, digest = 0, hashlib.sha256()
+    for piece in column.pieces:
+        values = np.ascontiguousarray(piece, column.dtype)
+        with hold_interrupts():
+            dataset[start : start + len(values)] = values
+        sink.check()
+        digest.update(values.data)
+        start += len(values)
+    return digest.hexdigest()
 
 
 def _write_texts(

@@ -34,6 +34,7 @@ from featcache.errors import BadImagesError, FeatcacheError, SettingsError, make
 
 COMMANDS = {
     "extract": "extract",
+    "merge": "merge",
     "import": "import_features",
     "train-head": "train_head",
     "finetune": "finetune",

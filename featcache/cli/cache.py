@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +21,7 @@ from featcache.cli.common import (
 from featcache.config import FEATURES_FILE, is_imported
 from featcache.errors import CacheError, make_printable
 from featcache.progress import format_bytes
+from featcache.storage import Place, locate
 
 if TYPE_CHECKING:
     from featcache.cache import FeatureCache, Item
@@ -54,7 +54,7 @@ def info(file: str, as_json: bool) -> None:
 
     cache = open_cache(file)
     check_complete(cache, file)
-    size = Path(file).stat().st_size
+    size = locate(file).stat().st_size
     if as_json:
         print_json(
             {
@@ -228,7 +228,7 @@ def ls(folder: str, as_json: bool) -> None:
     """
     from featcache.cache import list_items
 
-    items = list_items(Path(folder))
+    items = list_items(locate(folder))
     if as_json:
         print_json([item_to_json(item) for item in items])
         return
@@ -278,8 +278,8 @@ def choose_items(paths: tuple[str, ...]) -> list[tuple[Item, bool]]:
     """What `prune` is about: leftovers in folders, and what was named itself (True) with its leftovers."""
     from featcache.cache import describe_item, list_items, list_near
 
-    chosen: dict[Path, tuple[Item, bool]] = {}
-    for path in map(Path, paths):
+    chosen: dict[Place, tuple[Item, bool]] = {}
+    for path in map(locate, paths):
         if path.is_dir() and not path.name.endswith(".parts"):
             for item in list_items(path):
                 if item.kind != "cache":

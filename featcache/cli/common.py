@@ -283,7 +283,9 @@ class Tally:
     def add(self, item: object) -> str:
         """Count an item: a batch by its length. Gives the counts in words, where it says what was bad."""
         self.last = len(item) if isinstance(item, Sized) and not isinstance(item, str | tuple) else 1
-        self.done += self.last
+        cached = getattr(item, "cached", 0)
+        self.cached += cached
+        self.done += self.last - cached
         bad = getattr(item, "bad", None)
         if bad is not None:
             self._bad.update(one.path if isinstance(one, BadImage) else one for one in bad)

@@ -26,6 +26,7 @@ from featcache.cli.common import (
 )
 from featcache.config import MAPS, MAX_REPEATS, MAX_VIEWS, RUNS_DIR, SOLVERS, CompareConfig, name_option
 from featcache.errors import InputError, SettingsError, make_printable
+from featcache.storage import locate
 
 HEAD_OPTIONS = ("solver", "C", "seed")
 DATA_OPTIONS = (
@@ -111,7 +112,7 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
       featcache compare runs/head runs/finetune
     """
     CompareConfig(**drop_unstated(settings))  # a mistake is told of before torch is loaded
-    if missing := [target for target in targets if not Path(target).exists()]:
+    if missing := [target for target in targets if not is_data(target) and not locate(target).exists()]:
         raise InputError(f"{missing[0]} does not exist: expected a folder of images, runs, or caches")
     if dry_run:
         return print_plan(targets, output, settings, as_json)
@@ -131,12 +132,19 @@ def command(targets: tuple[str, ...], output: str, as_json: bool, dry_run: bool,
     return LEFT_OUT if compared.left_out or failed else DONE
 
 
+def is_data(target: str) -> bool:
+    """Whether a target is a data set that is no local folder."""
+    from featcache.dataset import names_source
+
+    return names_source(target)
+
+
 def print_plan(targets: tuple[str, ...], output: str, settings: dict[str, Any], as_json: bool) -> int:
     """`featcache compare DATA --dry-run`."""
     from featcache.runs import is_run
     from featcache.stages.plan_comparison import plan_comparison
 
-    if len(targets) > 1 or Path(targets[0]).is_file() or is_run(Path(targets[0])):
+    if len(targets) > 1 or not (is_data(targets[0]) or Path(targets[0]).is_dir()) or is_run(Path(targets[0])):
         raise SettingsError("--dry-run is for one folder of images: finished runs and caches are compared at once")
     plan = plan_comparison(targets[0], output, progress=TerminalProgress(), **drop_unstated(settings))
     if as_json:
@@ -155,7 +163,7 @@ def run_comparison(targets: tuple[str, ...], output: str, settings: dict[str, An
     from featcache.stages.rank import rank_backbones, rank_caches
 
     progress = TerminalProgress()
-    if all(Path(target).is_file() for target in targets):
+    if all(not is_data(target) and locate(target).is_file() for target in targets):
         check_unstated(settings, HEAD_OPTIONS, "caches are ranked by new heads on what they hold")
         head = {name: settings[name] for name in ("solver", "C", "seed") if settings[name] is not None}
         return rank_caches(targets, output, runs=settings["runs"], progress=progress, **head)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,17 +17,40 @@ from featcache.cli.common import (
     output_option,
     print_json,
 )
-from featcache.config import FEATURES_FILE
+from featcache.config import ENGINES, FEATURES_FILE, ExtractConfig
 from featcache.progress import format_bytes
+from featcache.shards import AUTO, is_one_of_several
+
+if TYPE_CHECKING:
+    from featcache.stages.extract import Extraction
 
 
 @click.command("extract", short_help="Stage 1: images -> features in one HDF5 file.")
 @click.argument("data", type=click.Path())
 @output_option(FEATURES_FILE, "The cache file.")
 @extract_options
+@option(
+    "--shard",
+    default=None,
+    metavar="N/M",
+    help="Compute only share N of M, on one of several machines that see the same PATH; the last to finish puts the "
+    "file together, or `featcache merge` does. auto: N and M from torchrun or SLURM; auto/M: N, also from Kubernetes.",
+)
+@option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default=ExtractConfig.engine,
+    help="What deals out the work: this process, or a cluster of Ray's (featcache[ray]).",
+)
+@option(
+    "--address",
+    default=None,
+    metavar="WHERE",
+    help="Of that cluster: auto, HOST:PORT or ray://HOST:PORT.  [default: one is started on this machine]",
+)
 @option("--dry-run", is_flag=True, help="Only say what would be computed, how long it takes, how large the file gets.")
 @json_option
-def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: Any) -> int:
+def command(data: str, output: str, as_json: bool, dry_run: bool, shard: str | None, **settings: Any) -> int:
     """Stage 1: turn every image of DATA into features, once, kept in one HDF5 file.
 
     Run again on unchanged data it computes nothing; on changed data only the new images. After a kill, a full disk or
@@ -40,26 +64,17 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
 
     if dry_run:
         return print_forecast(data, output, as_json, settings)
-    extraction = extract_features(data, output, progress=TerminalProgress(), **settings)
+    if shard or is_one_of_several(os.environ):
+        return extract_share(data, output, as_json, shard or AUTO, settings)
+    return print_extraction(extract_features(data, output, progress=TerminalProgress(), **settings), as_json)
+
+
+def print_extraction(extraction: Extraction, as_json: bool) -> int:
+    """What an extraction did, or a merge; gives the exit code."""
     cache = extraction.cache
     rows = {name: len(split) for name, split in cache.splits.items()}
     if as_json:
-        print_json(
-            {
-                "cache": str(extraction.path),
-                "rows": len(cache),
-                "splits": rows,
-                "views": {name: cache.views.count(name) for name in rows},
-                "classes": list(cache.classes),
-                "computed": extraction.computed,
-                "reused": extraction.reused,
-                "bad": len(extraction.bad),
-                "bad_images": [{"path": path, "reason": reason} for path, reason in extraction.bad],
-                "dim": cache.dim,
-                "seconds": extraction.seconds,
-                "extractor": cache.extractor,
-            }
-        )
+        print_json(describe_extraction(extraction))
     else:
         counts = " + ".join(f"{n} {name}" for name, n in rows.items())
         views = f" and views of the images ({cache.views.describe()})" if cache.views else ""
@@ -69,6 +84,57 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, **settings: An
         )
     list_left_out(extraction.bad)
     return LEFT_OUT if extraction.bad else DONE
+
+
+def describe_extraction(extraction: Extraction) -> dict[str, Any]:
+    """An extraction as JSON values."""
+    cache = extraction.cache
+    rows = {name: len(split) for name, split in cache.splits.items()}
+    return {
+        "cache": str(extraction.path),
+        "rows": len(cache),
+        "splits": rows,
+        "views": {name: cache.views.count(name) for name in rows},
+        "classes": list(cache.classes),
+        "computed": extraction.computed,
+        "reused": extraction.reused,
+        "bad": len(extraction.bad),
+        "bad_images": [{"path": path, "reason": reason} for path, reason in extraction.bad],
+        "dim": cache.dim,
+        "seconds": extraction.seconds,
+        "extractor": cache.extractor,
+    }
+
+
+def extract_share(data: str, output: str, as_json: bool, shard: str, settings: dict[str, Any]) -> int:
+    """`featcache extract --shard`."""
+    from featcache.stages.share import extract_shard
+
+    done = extract_shard(data, output, shard=shard, progress=TerminalProgress(), **settings)
+    n_done = done.shard.count - len(done.unfinished)
+    if as_json:
+        print_json(
+            {
+                "output": str(done.path),
+                "shard": [done.shard.number, done.shard.count],
+                "rows": done.rows,
+                "computed": done.computed,
+                "bad": len(done.bad),
+                "bad_images": [{"path": path, "reason": reason} for path, reason in done.bad],
+                "seconds": done.seconds,
+                "unfinished": list(done.unfinished),
+                "merged": describe_extraction(done.extraction) if done.extraction else None,
+            }
+        )
+    else:
+        click.echo(
+            f"{done.path}: shard {done.shard}, {done.rows} rows, {done.computed} computed, {done.seconds:.1f} s; "
+            f"{n_done} of {done.shard.count} shards have finished"
+        )
+    if done.extraction and not as_json:
+        return print_extraction(done.extraction, as_json)
+    list_left_out(done.bad)
+    return LEFT_OUT if done.bad else DONE
 
 
 def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:

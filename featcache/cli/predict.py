@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from pathlib import Path
 
 import click
 
@@ -54,11 +53,11 @@ def command(
       featcache predict runs/head new/ant.jpg new/bee.jpg
       featcache predict runs/finetune new --json -o labels.json
     """
-    from featcache.files import check_writable, write_atomically
     from featcache.stages.predict import predict
+    from featcache.storage import check_writable, locate, write_whole
 
     if output:
-        check_writable(Path(output))
+        check_writable(locate(output))
     predictions, bad = predict(
         run, images, batch_size=batch_size, workers=workers, device=device, views=views, progress=TerminalProgress()
     )
@@ -72,7 +71,7 @@ def command(
         writer.writerows([one.path, one.label, f"{one.probability:.6f}"] for one in predictions)
         text = table.getvalue()
     if output:
-        write_atomically(Path(output), text.encode("utf-8", errors="surrogateescape"))
+        write_whole(locate(output), text.encode("utf-8", errors="surrogateescape"))
     else:
         click.echo(text, nl=False)
     list_left_out(bad)

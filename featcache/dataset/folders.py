@@ -1,11 +1,12 @@
-"""Folders of classes -> the names of their images, or clips. Reads no file."""
+"""Folders of classes -> the names of their images, or clips, on a disk or in a list of names. Reads no file."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from featcache.dataset.listing import SPLITS, name_sample
 from featcache.errors import DatasetError
@@ -14,37 +15,134 @@ from featcache.errors import DatasetError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 VIDEO_EXTENSIONS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 CLIP_EXTENSIONS = (*VIDEO_EXTENSIONS, ".gif")
+PART_NAMES = ("rows-", "files-", "job-", "bad-", "done-")  # what files in a folder of parts begin with
 
 
-def check_root(root: Path) -> None:
-    """Raise a DatasetError if there is no folder at `root`."""
-    if not root.is_dir():
-        found = "a file" if root.is_file() else "nothing"
-        raise DatasetError(
-            f"no data set at {root}: expected a folder DATA/train/<class>/ and DATA/val/<class>/, or DATA/<class>/, "
-            f"found {found}; `featcache sample digits {root}` makes one to try"
-        )
+class Entry(NamedTuple):
+    """What lies in a folder: its name, its whole path, and whether it is a folder to look into."""
+
+    name: str
+    path: str
+    is_folder: bool
 
 
-def find_files(root: Path, clips: bool) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
+class Places(Protocol):
+    """Where folders are looked up."""
+
+    def list(self, folder: str) -> list[Entry]:
+        """What lies directly in a folder, sorted by name."""
+
+    def identify(self, folder: str) -> Hashable:
+        """The same for the same folder under another name."""
+
+    def has(self, folder: str) -> bool:
+        """Whether there is such a folder."""
+
+    def join(self, folder: str, name: str) -> str:
+        """The path of a name in a folder."""
+
+
+class Disk:
+    """The file system."""
+
+    def list(self, folder: str) -> list[Entry]:
+        """What lies directly in a folder, sorted by name.
+
+        Raises
+        ------
+        DatasetError
+            If it cannot be looked into.
+        """
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(Entry(entry.name, entry.path, _is_folder(entry)) for entry in entries)
+        except OSError as error:
+            raise DatasetError(f"cannot look into {folder}: {error.strerror or error}") from error
+
+    def identify(self, folder: str) -> Hashable:
+        """Device and inode."""
+        status = os.stat(folder)  # noqa: PTH116 - 100,000 Path objects cost half a second
+        return status.st_dev, status.st_ino
+
+    def has(self, folder: str) -> bool:
+        """Whether there is such a folder."""
+        return os.path.isdir(folder)  # noqa: PTH112 - as above
+
+    def join(self, folder: str, name: str) -> str:
+        """The path of a name in a folder."""
+        return str(Path(folder, name))
+
+
+class Tree:
+    """Folders that are nothing but parts of their files' names, as object stores have them.
+
+    Parameters
+    ----------
+    root
+        What all names are relative to, without a slash at its end.
+    names
+        Of files, with "/"; one that ends in "/" is a mark that stands for a folder.
+    """
+
+    def __init__(self, root: str, names: Iterable[str]) -> None:
+        self._files: dict[str, list[str]] = {}
+        self._folders: dict[str, dict[str, None]] = {root: {}}
+        for name in names:
+            parent, _, own = name.rpartition("/")
+            folder = f"{root}/{parent}" if parent else root
+            if folder not in self._folders:
+                self._add_folder(root, parent)
+            if own:
+                self._files.setdefault(folder, []).append(own)
+
+    def _add_folder(self, root: str, path: str) -> None:
+        folder = root
+        for part in path.split("/"):
+            self._folders[folder][part] = None
+            folder = f"{folder}/{part}"
+            self._folders.setdefault(folder, {})
+
+    def list(self, folder: str) -> list[Entry]:
+        """What lies directly in a folder, sorted by name."""
+        folders = [Entry(name, f"{folder}/{name}", is_folder=True) for name in self._folders.get(folder, ())]
+        return sorted(folders + [Entry(name, f"{folder}/{name}", False) for name in self._files.get(folder, ())])
+
+    def identify(self, folder: str) -> Hashable:
+        """Its path: it has no other."""
+        return folder
+
+    def has(self, folder: str) -> bool:
+        """Whether there is such a folder."""
+        return folder in self._folders
+
+    def join(self, folder: str, name: str) -> str:
+        """The path of a name in a folder."""
+        return f"{folder}/{name}"
+
+
+DISK = Disk()
+
+
+def find_files(
+    root: Path | str, clips: bool, places: Places = DISK
+) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
     """(path, class) of the samples in each split folder, paths of what is ignored; without splits all is in ""."""
-    names = find_split_folders(root)
-    folders = {name: root / name for name in names} if names else {"": root}
+    root = str(root)
+    names = find_split_folders(root, places)
+    folders = {name: places.join(root, name) for name in names} if names else {"": root}
     files: dict[str, list[tuple[str, str]]] = {}
     ignored: list[str] = []
     for name, folder in folders.items():
-        files[name], strays = list_class_folders(root, folder, clips)
+        files[name], strays = list_class_folders(root, folder, clips, places)
         ignored += strays
     if names:
         ignored += [
-            entry.name + ("/" if _is_folder(entry) else "")
-            for entry in _sorted_entries(root)
-            if entry.name not in names
+            entry.name + ("/" if entry.is_folder else "") for entry in places.list(root) if entry.name not in names
         ]
     return files, ignored
 
 
-def find_split_folders(root: Path) -> list[str]:
+def find_split_folders(root: str, places: Places = DISK) -> list[str]:
     """Names of the split folders under `root`, or none if its folders are classes.
 
     Raises
@@ -52,21 +150,24 @@ def find_split_folders(root: Path) -> list[str]:
     DatasetError
         If there is a train folder without a val folder, or the other way round.
     """
-    present = [name for name in SPLITS if (root / name).is_dir()]
-    split = {"train", "val"} <= set(present) or any(_has_folders(root / name) for name in present)
+    present = [name for name in SPLITS if places.has(places.join(root, name))]
+    split = {"train", "val"} <= set(present) or any(_has_folders(places.join(root, name), places) for name in present)
     if not split:
         return []
     for name in ("train", "val"):
         if name not in present:
-            there = ", ".join(sorted(entry.name for entry in _sorted_entries(root) if _is_folder(entry)))
+            there = ", ".join(entry.name for entry in places.list(root) if entry.is_folder)
+            train, val, one = (places.join(root, part) for part in ("train", "val", present[0]))
             raise DatasetError(
-                f"{root} has no {name} folder: expected {root / 'train'} and {root / 'val'}, found {there}; rename or "
-                f"add it, or name a folder of classes (such as {root / present[0]}) to have it split for you"
+                f"{root} has no {name} folder: expected {train} and {val}, found {there}; rename or add it, or name a "
+                f"folder of classes (such as {one}) to have it split for you"
             )
     return present
 
 
-def list_class_folders(root: Path, folder: Path, clips: bool = False) -> tuple[list[tuple[str, str]], list[str]]:
+def list_class_folders(
+    root: Path | str, folder: Path | str, clips: bool = False, places: Places = DISK
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Image files, or clips, under each class folder of `folder`.
 
     Returns
@@ -81,8 +182,9 @@ def list_class_folders(root: Path, folder: Path, clips: bool = False) -> tuple[l
     DatasetError
         If there is no class folder, or one without any sample.
     """
-    entries = _sorted_entries(folder)
-    classes = [entry for entry in entries if _is_folder(entry) and not _is_hidden(entry)]
+    root, folder = str(root), str(folder)
+    entries = places.list(folder)
+    classes = [entry for entry in entries if entry.is_folder and not _is_hidden(entry, places)]
     if not classes:
         noun, is_sample = name_sample(clips), is_clip_name if clips else is_image_name
         loose = sum(is_sample(entry.name) for entry in entries)
@@ -91,9 +193,9 @@ def list_class_folders(root: Path, folder: Path, clips: bool = False) -> tuple[l
             f"{f'{loose} {noun}s directly in it' if loose else 'no folders'}; put each class into a folder of its own"
         )
     samples: list[tuple[str, str]] = []
-    ignored = [_relative(entry.path, root) for entry in entries if not _is_folder(entry)]
+    ignored = [_relative(entry.path, root) for entry in entries if not entry.is_folder]
     for entry in classes:
-        found, strays = (_find_clips if clips else _find_images)(entry.path)
+        found, strays = (_find_clips if clips else _find_images)(entry.path, places)
         ignored += [_relative(path, root) for path in strays]
         if not found:
             raise DatasetError(_explain_empty_class(entry.path, strays, clips))
@@ -102,20 +204,20 @@ def list_class_folders(root: Path, folder: Path, clips: bool = False) -> tuple[l
     return samples, ignored
 
 
-def _find_images(folder: str) -> tuple[list[str], list[str]]:
+def _find_images(folder: str, places: Places = DISK) -> tuple[list[str], list[str]]:
     """Paths of the image files under a class folder, and of all other files."""
     found: list[str] = []
     strays: list[str] = []
-    for path in _walk(folder, set()):
+    for path in _walk(folder, set(), places):
         (found if is_image_name(os.path.basename(path)) else strays).append(path)  # noqa: PTH119
     return found, strays
 
 
-def _find_clips(folder: str) -> tuple[list[str], list[str]]:
+def _find_clips(folder: str, places: Places = DISK) -> tuple[list[str], list[str]]:
     """Paths of the video files and folders of frames under a class folder, and of files that are no part of one."""
     found: dict[str, None] = {}  # an ordered set: a folder is met once for each of its frames
     strays: list[str] = []
-    for path in _walk(folder, set()):
+    for path in _walk(folder, set(), places):
         parent, name = os.path.split(path)
         if is_clip_name(name):
             found[path] = None
@@ -146,9 +248,9 @@ def _explain_empty_class(folder: str, strays: Sequence[str], clips: bool) -> str
     return f"{expected}; fill it or remove it"
 
 
-def list_images(folder: Path) -> list[str]:
+def list_images(folder: Path | str, places: Places = DISK) -> list[str]:
     """Paths of the image files anywhere under a folder, sorted, the folder's own path in front."""
-    return sorted(path for path in _walk(str(folder), set()) if is_image_name(Path(path).name))
+    return sorted(path for path in _walk(str(folder), set(), places) if is_image_name(os.path.basename(path)))  # noqa: PTH119
 
 
 def list_clips(folder: Path) -> list[str]:
@@ -163,7 +265,7 @@ def list_clips(folder: Path) -> list[str]:
 
 def list_frames(folder: Path | str) -> list[str]:
     """Names of the image files directly in a folder, in natural order: frame2 before frame10."""
-    names = (entry.name for entry in _sorted_entries(folder) if not _is_folder(entry))
+    names = (entry.name for entry in DISK.list(str(folder)) if not entry.is_folder)
     return sorted(filter(is_image_name, names), key=make_natural_key)
 
 
@@ -187,39 +289,30 @@ def is_clip_name(name: str) -> bool:
     return name.lower().endswith(CLIP_EXTENSIONS) and not name.startswith(".")
 
 
-def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+def _walk(folder: str, seen: set[Hashable], places: Places) -> Iterator[str]:
     """Files under `folder`; links to folders are followed once, so that a loop of links ends."""
-    status = os.stat(folder)  # noqa: PTH116 - as above
-    if (status.st_dev, status.st_ino) in seen:
+    identity = places.identify(folder)
+    if identity in seen:
         return
-    seen.add((status.st_dev, status.st_ino))
-    for entry in _sorted_entries(folder):
-        if _is_folder(entry):
-            if not _is_hidden(entry):
-                yield from _walk(entry.path, seen)
-        else:
+    seen.add(identity)
+    for entry in places.list(folder):
+        if not entry.is_folder:
             yield entry.path
+        elif not _is_hidden(entry, places):
+            yield from _walk(entry.path, seen, places)
 
 
-def _sorted_entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise DatasetError(f"cannot look into {folder}: {error.strerror or error}") from error
+def _has_folders(folder: str, places: Places) -> bool:
+    return any(entry.is_folder and not _is_hidden(entry, places) for entry in places.list(folder))
 
 
-def _has_folders(folder: Path) -> bool:
-    return any(_is_folder(entry) and not _is_hidden(entry) for entry in _sorted_entries(folder))
-
-
-def _is_hidden(entry: os.DirEntry[str]) -> bool:
+def _is_hidden(entry: Entry, places: Places) -> bool:
     """Whether a folder is not to be looked into: a hidden one, or parts of a cache made among the images."""
     if entry.name.endswith((".h5.parts", ".hdf5.parts", ".he5.parts")):
         return True
     if entry.name.endswith(".parts"):
-        names = os.listdir(entry.path)  # noqa: PTH208 - as above
-        return bool(names) and all(name.lstrip(".").startswith(("rows-", "files-")) for name in names)
+        names = [one.name.lstrip(".") for one in places.list(entry.path)]
+        return bool(names) and all(name.startswith(PART_NAMES) for name in names)
     return entry.name.startswith(".")
 
 
@@ -235,7 +328,7 @@ def _leads_upwards(link: Path) -> bool:
     return link.parent.resolve().is_relative_to(link.resolve())
 
 
-def _relative(path: str, root: Path) -> str:
+def _relative(path: str, root: str) -> str:
     """A path under `root` relative to it, with "/"."""
-    start = 0 if str(root) == "." and not path.startswith("./") else len(os.path.join(root, ""))  # noqa: PTH118
+    start = 0 if root == "." and not path.startswith("./") else len(os.path.join(root, ""))  # noqa: PTH118
     return path[start:].replace(os.sep, "/")

@@ -8,13 +8,16 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.dataset.folders import list_frames
 from featcache.dataset.listing import NO_STATS, STATS, Digests, Stats
+from featcache.dataset.roots import Item, Source
 from featcache.errors import DatasetError, ImageError
 from featcache.files import canonical_json
 from featcache.progress import SILENT, Progress
@@ -46,6 +49,9 @@ class KnownFiles:
         order = np.argsort(keys)
         self._keys, self._digests = keys[order], digests[order]
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def find(self, stats: Stats) -> list[str]:
         """The digest of each of N files in hexadecimal, "" where it is not known."""
         if not len(self._keys):
@@ -61,6 +67,9 @@ def _join_stats(stats: Stats) -> NDArray[np.bytes_]:
     return np.ascontiguousarray(stats, dtype=">i8").view("S32").reshape(-1)
 
 
+NOTHING_KNOWN = KnownFiles(np.empty((0, len(STATS)), np.int64), np.empty(0, "S64"))
+
+
 def hash_files(
     paths: Sequence[str],
     *,
@@ -68,15 +77,18 @@ def hash_files(
     keep: Callable[[Stats, Digests], None] | None = None,
     progress: Progress = SILENT,
     clips: bool = False,
+    source: Source | None = None,
 ) -> tuple[Stats, list[str], list[str]]:
     """SHA-256 of files, or clips, read where nothing is known of them.
 
     Parameters
     ----------
     paths
-        N files.
+        N files; of a source N of its samples.
     known, keep, progress, clips
         As in `list_dataset`.
+    source
+        What the paths are of, if they are not files of this machine.
 
     Returns
     -------
@@ -87,10 +99,10 @@ def hash_files(
     reasons
         N, why it cannot; "" if it can.
     """
-    stats, reasons = look_at_all(paths, clips)
+    stats, reasons = look_at_all(paths, clips) if source is None else source.look(paths)
     digests = known.find(stats) if known else [""] * len(paths)
     todo = [i for i in range(len(paths)) if not digests[i] and not reasons[i]]
-    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep, clips), strict=True):
+    for i, (digest, stats[i], reason) in zip(todo, _hash_all(paths, todo, progress, keep, clips, source), strict=True):
         digests[i], reasons[i] = digest, reason
     return stats, digests, reasons
 
@@ -142,9 +154,22 @@ def _fold_stats(names: Sequence[str], stats: Sequence[tuple[int, ...]]) -> tuple
 
     It is the same only as long as every frame's is, and none comes, goes or is renamed.
     """
-    text = canonical_json([list(names), [list(values) for values in stats]])
-    first, second, third = np.frombuffer(hashlib.sha256(text.encode()).digest()[:24], "<u8") >> 1
-    return int(first), sum(values[STATS.index("st_size")] for values in stats), int(second), int(third)
+    size = sum(values[STATS.index("st_size")] for values in stats)
+    return fold_stats([list(names), [list(values) for values in stats]], size)
+
+
+def fold_stats(values: Sequence[Any], size: int) -> tuple[int, ...]:
+    """One row of stats for whatever proves that bytes are as they were: three numbers hashed from it around a size.
+
+    Parameters
+    ----------
+    values
+        Anything that JSON can hold.
+    size
+        Of the bytes.
+    """
+    first, second, third = np.frombuffer(hashlib.sha256(canonical_json(values).encode()).digest()[:24], "<u8") >> 1
+    return int(first), size, int(second), int(third)
 
 
 def _pick_stats(status: os.stat_result) -> tuple[int, ...]:
@@ -157,6 +182,7 @@ def _hash_all(
     progress: Progress,
     keep: Callable[[Stats, Digests], None] | None,
     clips: bool,
+    source: Source | None,
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Digest, stats that prove it later (or zeros) and reason of failure of each of `rows`."""
     fresh: list[tuple[tuple[int, ...], bytes]] = []
@@ -167,8 +193,10 @@ def _hash_all(
             keep(np.array([values for values, _ in fresh], np.int64), np.array([digest for _, digest in fresh], "S64"))
             fresh.clear()
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter's lock
-        answers = pool.map(_try_hash_clip if clips else _try_hash, (paths[i] for i in rows))
+    hash_one = _try_hash_clip if clips else _try_hash if source is None else partial(_try_hash_sample, source)
+    readers = max(os.cpu_count() or 1, 1 if source is None else source.readers)
+    with ThreadPoolExecutor(max_workers=readers) as pool:  # hashing releases the interpreter's lock
+        answers = pool.map(hash_one, (paths[i] for i in rows))
         try:
             for answer in progress.track(answers, total=len(rows), what="reading", unit="clip" if clips else "img"):
                 digest, values, _ = answer
@@ -199,7 +227,16 @@ def _try_hash(path: str) -> tuple[str, tuple[int, ...], str]:
     return digest.hexdigest(), after if settled else NO_STATS, ""
 
 
-def hash_clip(path: Path | str) -> str:
+def _try_hash_sample(source: Source, path: str) -> tuple[str, tuple[int, ...], str]:
+    """As `_try_hash`, of a sample of a source."""
+    try:
+        data = source.read(path)
+    except OSError as error:
+        return "", NO_STATS, f"cannot be read: {error.strerror or error}"
+    return hashlib.sha256(data).hexdigest(), source.prove(path, data), ""
+
+
+def hash_clip(path: Path | str | Item) -> str:
     """Digest of a clip as its listing has it: of a video file its bytes', of a folder its frames' names and digests.
 
     A folder's is the SHA-256 of the lines that `sha256sum` prints of its frames in their order.
@@ -209,6 +246,11 @@ def hash_clip(path: Path | str) -> str:
     ImageError
         If a file cannot be read.
     """
+    if isinstance(path, Item):
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
     digest, _, reason = _try_hash_clip(str(path))
     if reason:
         raise ImageError(reason)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from json.encoder import encode_basestring_ascii
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.dataset.roots import Root, name_root
+from featcache.dataset.texts import (
+    BLOCK_TEXTS,
+    MANY_TEXTS,
+    TextSet,
+    decode,
+    hash_texts,
+    iterate_blocks,
+    pack_digests,
+    pack_texts,
+    take_texts,
+)
 from featcache.errors import BadImage, DatasetError
 from featcache.files import canonical_json
 
@@ -20,11 +32,12 @@ STATS = ("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 Digests: TypeAlias = NDArray[np.bytes_]  # (N,) S64
 Stats: TypeAlias = NDArray[np.int64]  # (N, 4), see STATS; of a folder of frames see `_fold_stats`
 NO_STATS = (0, 0, 0, 0)
+SORTED_ROWS = 1 << 19  # of a fingerprint, about, that are sorted at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split's images, row by row.
+    """One split's images, row by row. Of many, paths and digests are packed: see `featcache.dataset.texts`.
 
     Attributes
     ----------
@@ -39,25 +52,30 @@ class Split:
         none, it is all zeros.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: NDArray[np.int64]
-    digests: tuple[str, ...]
+    digests: Sequence[str]
     stats: Stats = field(default_factory=lambda: np.empty((0, len(STATS)), np.int64))
 
     def __post_init__(self) -> None:
         if not len(self.stats):
             object.__setattr__(self, "stats", np.zeros((len(self.paths), len(STATS)), np.int64))
+        if len(self.paths) >= MANY_TEXTS:
+            object.__setattr__(self, "paths", pack_texts(self.paths))
+            object.__setattr__(self, "digests", pack_digests(self.digests))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, keep: NDArray[np.bool_]) -> Split:
         """The rows where `keep` (N,) is true, in the same order."""
+        if keep.all():
+            return self
         rows = np.flatnonzero(keep)
         return Split(
-            paths=tuple(self.paths[i] for i in rows),
+            paths=take_texts(self.paths, rows),
             labels=self.labels[rows],
-            digests=tuple(self.digests[i] for i in rows),
+            digests=take_texts(self.digests, rows),
             stats=self.stats[rows],
         )
 
@@ -69,7 +87,7 @@ class Listing:
     Attributes
     ----------
     root
-        The folder that all paths are relative to.
+        What all paths are relative to.
     classes
         Class names, sorted; a label is an index into them.
     splits
@@ -82,7 +100,7 @@ class Listing:
         Whether a row is a clip: a video file, or a folder of frames.
     """
 
-    root: Path
+    root: Root
     classes: tuple[str, ...]
     splits: dict[str, Split]
     ignored: tuple[str, ...] = ()
@@ -101,8 +119,10 @@ class Listing:
         """All paths, split after split."""
         return [path for split in self.splits.values() for path in split.paths]
 
-    def digests(self) -> set[str]:
+    def digests(self) -> Set[str]:
         """Digests of all images, each once."""
+        if len(self) >= MANY_TEXTS:
+            return TextSet([pack_digests(split.digests) for split in self.splits.values()])
         return {digest for split in self.splits.values() for digest in split.digests}
 
     def without(self, bad: Iterable[BadImage]) -> Listing:
@@ -115,17 +135,21 @@ class Listing:
         """
         bad = tuple(bad)
         left_out = {item.path for item in bad}
-        splits = {
-            name: split.take(np.array([path not in left_out for path in split.paths], dtype=bool))
-            for name, split in self.splits.items()
-        }
+        splits = {name: _leave_out(split, left_out) for name, split in self.splits.items()}
         for name, split in splits.items():
             where = f"the {name} split of {self.root}, bad files left out"
             check_classes_filled(split.labels, self.classes, where, self.noun)
         return replace(self, splits=splits, bad=bad)
 
 
-def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
+def _leave_out(split: Split, paths: set[str]) -> Split:
+    """A split without the images at these paths."""
+    if not paths:
+        return split
+    return split.take(np.fromiter((path not in paths for path in split.paths), bool, len(split)))
+
+
+def agree_on_classes(found: dict[str, set[str]], root: Root) -> tuple[str, ...]:
     """The class names, sorted, if every split has the same.
 
     Raises
@@ -138,7 +162,7 @@ def agree_on_classes(found: dict[str, set[str]], root: Path) -> tuple[str, ...]:
         if missing := sorted(union - classes):
             raise DatasetError(
                 f"the splits of {root} have different classes: {name} lacks {', '.join(missing)}; expected the same "
-                f"class folders in {', '.join(found)}"
+                f"classes in {', '.join(found)}"
             )
     return tuple(sorted(union))
 
@@ -156,20 +180,55 @@ def name_sample(clips: bool) -> str:
 
 
 def dataset_fingerprint(split: Split, classes: Sequence[str]) -> str:
-    """Digest of which images with which labels a split holds, whatever they are called or their order."""
-    rows = sorted((digest, classes[label]) for digest, label in zip(split.digests, split.labels.tolist(), strict=True))
+    """Digest of which images with which labels a split holds, whatever they are called or their order.
+
+    It is that of the JSON of the classes and of the sorted pairs of digest and class.
+    """
     digest, comma = hashlib.sha256(canonical_json([list(classes), []]).encode()[:-2]), b""
-    for start in range(0, len(rows), 10_000):  # piece by piece: the text of all rows of a large data set is large
-        digest.update(comma + canonical_json(rows[start : start + 10_000]).encode()[1:-1])
+    for texts in _write_pairs(split, classes):
+        digest.update(comma + ",".join(texts).encode())
         comma = b","
     digest.update(b"]]")
     return digest.hexdigest()
 
 
+def _write_pairs(split: Split, classes: Sequence[str]) -> Iterator[list[str]]:
+    """The JSON of each pair of digest and class, sorted; some at a time, for all of a large data set are large."""
+    rank = np.empty(len(classes), np.int64)
+    rank[sorted(range(len(classes)), key=classes.__getitem__)] = np.arange(len(classes))
+    endings = [f",{canonical_json(name)}]" for name in classes]
+    for digests, labels in _iterate_sorted(split, rank):
+        pairs = zip(map(decode, digests.tolist()), labels.tolist(), strict=True)
+        yield [f"[{encode_basestring_ascii(digest)}{endings[label]}" for digest, label in pairs]
+
+
+def _iterate_sorted(split: Split, rank: NDArray[np.int64]) -> Iterator[tuple[Digests, NDArray[np.int64]]]:
+    """Digests and labels (n,) of all rows, sorted by digest and the label's rank, some rows at a time."""
+    counts = np.zeros(1 << 16, np.int64)
+    for _, block in iterate_blocks(split.digests):
+        counts += np.bincount(_find_beginnings(block), minlength=len(counts))
+    pile = np.cumsum(counts) // SORTED_ROWS  # of each beginning: alike neighbours are sorted together
+    for number in np.unique(pile[counts > 0]).tolist() if len(split) else ():
+        found, rows = [], []
+        for start, block in iterate_blocks(split.digests):
+            rows.append(start + np.flatnonzero(pile[_find_beginnings(block)] == number))
+            found.append(block[rows[-1] - start])
+        digests, labels = np.concatenate(found), split.labels[np.concatenate(rows)]
+        del found, rows
+        order = np.lexsort((rank[labels], digests))
+        for start in range(0, len(order), BLOCK_TEXTS):
+            yield digests[order[start : start + BLOCK_TEXTS]], labels[order[start : start + BLOCK_TEXTS]]
+
+
+def _find_beginnings(texts: Digests) -> NDArray[np.int64]:
+    """The first two bytes (n,) of texts (n,) as a number by which they sort."""
+    return np.ascontiguousarray(texts.astype("S2")).view(">u2").astype(np.int64)
+
+
 def describe_data(listing: Listing) -> dict[str, Any]:
     """The data set as plain JSON values: folder, classes, images per split, fingerprint of each split."""
     return {
-        "folder": str(listing.root.resolve()),
+        "folder": name_root(listing.root),
         "classes": list(listing.classes),
         "images": {name: len(split) for name, split in listing.splits.items()},
         "fingerprints": {name: dataset_fingerprint(split, listing.classes) for name, split in listing.splits.items()},
@@ -206,26 +265,48 @@ def list_doubts(listing: Listing) -> list[str]:
 def find_contradictions(listing: Listing) -> dict[str, list[str]]:
     """Images whose very bytes are under more than one label: digest to paths."""
     where: dict[str, dict[int, list[str]]] = {}
-    for split in listing.splits.values():
-        for path, label, digest in zip(split.paths, split.labels.tolist(), split.digests, strict=True):
+    for split, rows in _find_repeated(listing):
+        for path, label, digest in _iterate_rows(split, rows):
             where.setdefault(digest, {}).setdefault(label, []).append(path)
-    return {
-        digest: [path for paths in by_label.values() for path in paths]
-        for digest, by_label in where.items()
-        if len(by_label) > 1
-    }
+    return _join_paths(where)
 
 
 def find_shared_images(listing: Listing) -> dict[str, list[str]]:
     """Images whose very bytes are in more than one split: digest to paths. They leak answers."""
-    where: dict[str, dict[str, list[str]]] = {}
-    for name, split in listing.splits.items():
-        for path, digest in zip(split.paths, split.digests, strict=True):
-            where.setdefault(digest, {}).setdefault(name, []).append(path)
+    where: dict[str, dict[int, list[str]]] = {}
+    for number, (split, rows) in enumerate(_find_repeated(listing)):
+        for path, _, digest in _iterate_rows(split, rows):
+            where.setdefault(digest, {}).setdefault(number, []).append(path)
+    return _join_paths(where)
+
+
+def _find_repeated(listing: Listing) -> list[tuple[Split, NDArray[np.int64]]]:
+    """Each split, and its rows (n,) whose digest is that of another row too; those of equal numbers are among them."""
+    splits = list(listing.splits.values())
+    blocks = [hash_texts(block) for split in splits for _, block in iterate_blocks(split.digests)]
+    numbers = np.concatenate([np.empty(0, np.uint64), *blocks])
+    del blocks
+    repeated, ordered = np.zeros(len(numbers), bool), np.sort(numbers)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if len(twice):
+        at = np.minimum(np.searchsorted(twice, numbers), len(twice) - 1)
+        repeated = twice[at] == numbers
+    cuts = np.cumsum([len(split) for split in splits])[:-1]
+    return [(split, np.flatnonzero(own)) for split, own in zip(splits, np.split(repeated, cuts), strict=True)]
+
+
+def _iterate_rows(split: Split, rows: NDArray[np.int64]) -> Iterator[tuple[str, int, str]]:
+    """Path, label and digest of some rows (n,)."""
+    columns = take_texts(split.paths, rows), split.labels[rows].tolist(), take_texts(split.digests, rows)
+    return zip(*columns, strict=True)
+
+
+def _join_paths(where: dict[str, dict[int, list[str]]]) -> dict[str, list[str]]:
+    """The paths of each digest that is in more than one group."""
     return {
-        digest: [path for paths in by_split.values() for path in paths]
-        for digest, by_split in where.items()
-        if len(by_split) > 1
+        digest: [path for paths in groups.values() for path in paths]
+        for digest, groups in where.items()
+        if len(groups) > 1
     }
 
 

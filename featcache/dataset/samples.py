@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.dataset.folders import check_root, find_files
+from featcache.dataset.folders import find_files
 from featcache.dataset.hashing import KnownFiles, hash_files, look_at_all
 from featcache.dataset.listing import (
     Digests,
@@ -21,10 +23,13 @@ from featcache.dataset.listing import (
     check_classes_filled,
     name_sample,
 )
+from featcache.dataset.roots import Found, Root, Source, open_root
 from featcache.dataset.splitting import split_by_content
-from featcache.errors import BadImage
+from featcache.errors import BadImage, DatasetError
+from featcache.files import canonical_json
 from featcache.progress import SILENT, Progress
 
+NAMES_AT_ONCE = 1 << 16  # that are put into one text
 WHOLE = ""  # the one group of samples whose split is not decided yet
 
 
@@ -40,15 +45,15 @@ class Names:
         (N,) int64, indices into the classes.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def take(self, rows: slice) -> Names:
-        """Some of them."""
-        return Names(paths=self.paths[rows], labels=self.labels[rows])
+    def take(self, rows: NDArray[np.int64]) -> Names:
+        """Some of them, in this order."""
+        return Names(paths=tuple(self.paths[row] for row in rows.tolist()), labels=self.labels[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +63,18 @@ class Samples:
     Attributes
     ----------
     root
-        The folder that all paths are relative to.
+        What all paths are relative to.
     classes
         Class names, sorted; a label is an index into them.
     groups
-        "train", "val" and perhaps "test"; or `WHOLE` alone, where contents will decide who validates.
+        "train", "val" and perhaps "test"; or `WHOLE` and perhaps "test", where contents will decide who validates.
     ignored
         What is not an image by its name or not in a class folder, relative to the root.
     clips
         Whether a sample is a clip: a video file, or a folder of frames.
     """
 
-    root: Path
+    root: Root
     classes: tuple[str, ...]
     groups: Mapping[str, Names]
     ignored: tuple[str, ...] = ()
@@ -79,13 +84,38 @@ class Samples:
         return sum(map(len, self.groups.values()))
 
     @property
+    def noun(self) -> str:
+        """What one sample is called in messages."""
+        return name_sample(self.clips)
+
+    def take(self, rows: NDArray[np.int64]) -> Samples:
+        """Some of them, by ascending numbers that go through group after group."""
+        groups, start = {}, 0
+        for name, names in self.groups.items():
+            first, last = np.searchsorted(rows, [start, start + len(names)])
+            groups[name] = names.take(rows[first:last] - start)
+            start += len(names)
+        return replace(self, groups=groups)
+
+    def hash_names(self) -> str:
+        """Digest of which samples there are, by group, class and name."""
+        digest = hashlib.sha256(canonical_json(list(self.classes)).encode())
+        for name, names in self.groups.items():
+            for start in range(0, len(names), NAMES_AT_ONCE):
+                some = slice(start, start + NAMES_AT_ONCE)
+                rows = zip(names.labels[some].tolist(), names.paths[some], strict=True)
+                text = "".join(f"{name}\0{label}\0{path}\0" for label, path in rows)
+                digest.update(os.fsencode(text))
+        return digest.hexdigest()
+
+    @property
     def is_split(self) -> bool:
         """Whether the data set itself says who validates."""
         return WHOLE not in self.groups
 
 
 def find_samples(data: Path | str, *, clips: bool = False) -> Samples:
-    """The names of a data set's images, or clips, in ImageFolder's order.
+    """The names of a data set's images, or clips, in ImageFolder's order; those of shards and lists in theirs.
 
     Parameters
     ----------
@@ -97,19 +127,32 @@ def find_samples(data: Path | str, *, clips: bool = False) -> Samples:
     DatasetError
         For a missing folder, an empty class, or splits whose classes differ.
     """
-    root = Path(data)
-    check_root(root)
-    found, ignored = find_files(root, clips)
-    classes = agree_on_classes({name: {label for _, label in rows} for name, rows in found.items()}, root)
+    root = open_root(data)
+    found = _find(root, clips)
+    classes = agree_on_classes({name: {label for _, label in rows} for name, rows in found.rows.items()}, root)
+    if found.by_number and all(re.fullmatch("[+-]?[0-9]{1,18}", name) for name in classes):
+        classes = tuple(sorted(classes, key=lambda name: (int(name), name)))
     label_of = {name: label for label, name in enumerate(classes)}
     groups = {
         name: Names(
             paths=tuple(path for path, _ in rows),
             labels=np.array([label_of[label] for _, label in rows], dtype=np.int64),
         )
-        for name, rows in found.items()
+        for name, rows in found.rows.items()
     }
-    return Samples(root=root, classes=classes, groups=groups, ignored=tuple(sorted(ignored)), clips=clips)
+    return Samples(root=root, classes=classes, groups=groups, ignored=tuple(sorted(found.ignored)), clips=clips)
+
+
+def _find(root: Root, clips: bool) -> Found:
+    """Samples with their classes, by name."""
+    if isinstance(root, Path):
+        return Found(*find_files(root, clips), by_number=False)  # as ImageFolder sorts classes
+    if clips:
+        raise DatasetError(
+            f"{root} is no local folder: expected one for clips, which decoders read from the disk; copy it, and name "
+            f"the copy"
+        )
+    return root.find()
 
 
 def hash_samples(
@@ -135,10 +178,11 @@ def hash_samples(
     DatasetError
         If a class of a split has no usable image.
     """
-    splits, bad = _hash_groups(samples, progress, known, keep)
+    splits, bad = hash_groups(samples, progress=progress, known=known, keep=keep)
     if not samples.is_split:
         noun = name_sample(samples.clips)
-        splits = split_by_content(splits[WHOLE], samples.classes, str(samples.root), val_fraction, seed, noun)
+        whole = splits.pop(WHOLE)
+        splits = split_by_content(whole, samples.classes, str(samples.root), val_fraction, seed, noun) | splits
     for name, split in splits.items():
         where = f"the {name} split of {samples.root}"
         check_classes_filled(split.labels, samples.classes, where, name_sample(samples.clips))
@@ -162,12 +206,12 @@ def list_dataset(
     keep: Callable[[Stats, Digests], None] | None = None,
     clips: bool = False,
 ) -> Listing:
-    """List the images of a folder, or its clips, with their labels, split and content digests.
+    """List the images of a data set, or its clips, with their labels, split and content digests.
 
     Parameters
     ----------
     data
-        The folder, in one of the two layouts above.
+        A folder in one of the two layouts above, or whatever else `roots` knows.
     val_fraction
         Share of the images that becomes the validation split where the folder has none.
     seed
@@ -196,26 +240,55 @@ def list_dataset(
     )
 
 
+def find_known_digests(samples: Samples, known: KnownFiles) -> list[str]:
+    """The digest of each sample in hexadecimal, "" where it would have to be read for it."""
+    paths = [path for names in samples.groups.values() for path in names.paths]
+    stats, _ = _look(samples.root, paths, samples.clips)
+    return known.find(stats)
+
+
 def list_changed(listing: Listing) -> list[str]:
     """Paths of files that are no longer what they were when they were listed, as far as the file system says."""
     changed = []
+    if isinstance(listing.root, Source):
+        listing.root.forget()
     for split in listing.splits.values():
-        now, _ = look_at_all([str(listing.root / path) for path in split.paths], listing.clips)
+        now, _ = _look(listing.root, split.paths, listing.clips)
         differs = (now != split.stats).any(axis=1) & split.stats.any(axis=1)
-        changed += [split.paths[i] for i in np.flatnonzero(differs)]
+        changed += [split.paths[i] for i in np.flatnonzero(differs).tolist()]
     return changed
 
 
-def _hash_groups(
+def _look(root: Root, paths: Sequence[str], clips: bool) -> tuple[Stats, list[str]]:
+    """What stands for the bytes of N samples now, and why one cannot be used, or ""."""
+    if isinstance(root, Source):
+        return root.look(paths)
+    return look_at_all([os.path.join(root, path) for path in paths], clips)  # noqa: PTH118 - as below
+
+
+def hash_groups(
     samples: Samples,
-    progress: Progress,
-    known: KnownFiles | None,
-    keep: Callable[[Stats, Digests], None] | None,
+    *,
+    progress: Progress = SILENT,
+    known: KnownFiles | None = None,
+    keep: Callable[[Stats, Digests], None] | None = None,
 ) -> tuple[dict[str, Split], list[BadImage]]:
-    """Each group with its digests, and what cannot be read, which is in none."""
+    """Each group with its digests, and what cannot be read, which is in none.
+
+    Parameters
+    ----------
+    samples
+        By name.
+    progress, known, keep
+        As in `list_dataset`.
+    """
     paths = [path for names in samples.groups.values() for path in names.paths]
-    full = [os.path.join(samples.root, path) for path in paths]  # noqa: PTH118 - 100,000 Path objects cost half a second
-    stats, digests, reasons = hash_files(full, known=known, keep=keep, progress=progress, clips=samples.clips)
+    source = samples.root if isinstance(samples.root, Source) else None
+    # 100,000 Path objects cost half a second
+    there = paths if source else [os.path.join(str(samples.root), path) for path in paths]  # noqa: PTH118
+    stats, digests, reasons = hash_files(
+        there, known=known, keep=keep, progress=progress, clips=samples.clips, source=source
+    )
     bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
     splits, start = {}, 0
     for name, names in samples.groups.items():

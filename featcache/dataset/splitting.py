@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.dataset.listing import Split
 from featcache.errors import DatasetError
@@ -24,6 +25,11 @@ def is_validation(digest: str, val_fraction: float, seed: int) -> bool:
 
 def _position(digest: str, seed: int | str) -> float:
     return int(hash_bytes(f"{seed}:{digest}".encode())[:13], 16) / 16**13
+
+
+def _find_positions(rows: Split, seed: int | str) -> NDArray[np.float64]:
+    """Where each row (N,) is in the hash order."""
+    return np.fromiter((_position(digest, seed) for digest in rows.digests), np.float64, len(rows))
 
 
 def split_by_content(
@@ -50,7 +56,7 @@ def split_by_content(
     DatasetError
         If a class has less than two rows.
     """
-    position = np.array([_position(digest, seed) for digest in rows.digests])
+    position = _find_positions(rows, seed)
     validation = position < val_fraction
     for label, name in enumerate(classes):
         members = np.flatnonzero(rows.labels == label)
@@ -77,7 +83,7 @@ def hold_out(rows: Split, classes: Sequence[str], share: float, seed: int) -> tu
     DatasetError
         If no class has two images that differ.
     """
-    position = np.array([_position(digest, f"holdout {seed}") for digest in rows.digests])
+    position = _find_positions(rows, f"holdout {seed}")
     held = np.zeros(len(rows), dtype=bool)
     for label in range(len(classes)):
         members = np.flatnonzero(rows.labels == label)

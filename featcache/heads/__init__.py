@@ -16,7 +16,7 @@ Knows arrays, no files and no images.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -42,8 +42,10 @@ __all__ = [
     "LinearHead",
     "NeighbourHead",
     "Selection",
+    "count_right",
     "find_logits",
     "fit_head",
+    "iterate_logits",
     "remake_head",
 ]
 
@@ -133,8 +135,19 @@ def remake_head(values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], s
 
 def find_logits(head: Head, features: Features) -> NDArray[np.float32]:
     """Logits (N, C) of features (N, D), some images at a time."""
-    blocks = (features[start : start + BLOCK_IMAGES] for start in range(0, features.shape[0], BLOCK_IMAGES))
-    return np.concatenate([head.logits(np.asarray(block, np.float32)) for block in blocks])
+    return np.concatenate([logits for _, logits in iterate_logits(head, features)])
+
+
+def iterate_logits(head: Head, features: Features) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """The same piece by piece, each with the rows that it is of."""
+    for start in range(0, features.shape[0], BLOCK_IMAGES):
+        rows = slice(start, min(start + BLOCK_IMAGES, features.shape[0]))
+        yield rows, head.logits(np.asarray(features[rows], np.float32))
+
+
+def count_right(head: Head, features: Features, labels: NDArray[np.int64]) -> int:
+    """How many of N images the head is right about, by features (N, D) and labels (N,)."""
+    return sum(int((one.argmax(axis=1) == labels[rows]).sum()) for rows, one in iterate_logits(head, features))
 
 
 def calibrate(fitted: FittedHead, rows: TrainingRows) -> FittedHead:

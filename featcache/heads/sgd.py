@@ -45,6 +45,7 @@ WARM_UP = 0.1  # share of all steps in which the learning rate rises
 LARGE = 64_000_000  # numbers in all, above which C is chosen on the stream too, by a part that is held out
 RANKING_EPOCHS = 2  # at most, for fits that only rank values of C
 FEW_OUTPUTS = 500  # up to which a second thread, beside the one that reads, waits more than it works
+BLOCK_LABELS = 1 << 20  # that are drawn at a time
 SMALL_STEPS = 1000  # fewer are too few for the last digits: few rows get more epochs
 
 
@@ -114,7 +115,7 @@ class Descent:
             labels=torch.from_numpy(rows.labels),
             n_classes=rows.n_classes,
             penalties=torch.from_numpy(1 / np.multiply.outer(totals, grid).ravel()),
-            weights=torch.from_numpy(used * rows.weights / totals[:, None]).float(),
+            weights=share_weights(used, rows.weights, totals),
             which=torch.arange(len(used)).repeat_interleave(len(grid)),
         )
         self.which, self.penalties = losses.which, losses.penalties.float()
@@ -160,6 +161,13 @@ class Descent:
         return gradient.view(self.at.shape) * self.scale
 
 
+def share_weights(used: NDArray[np.bool_], weights: NDArray[np.float64], totals: NDArray[np.float64]) -> Tensor:
+    """What each image counts (F, N) in each of F fits, as a share of what all that it sees count, float32."""
+    shares = used * weights
+    shares /= totals[:, None]
+    return torch.from_numpy(shares).float()
+
+
 def find_rate(progress: float) -> float:
     """The share of the learning rate at a share of all steps: a linear rise, then half a cosine down to nothing."""
     if progress < WARM_UP:
@@ -198,8 +206,15 @@ def choose_c(
 
 def hold_out(labels: NDArray[np.int64], config: HeadConfig) -> NDArray[np.bool_]:
     """Which images (N,) choose: one in so many as there are folds, at random, but never the first one of a class."""
-    out = np.random.default_rng(config.seed).random(len(labels)) < 1 / config.folds
-    out[np.unique(labels, return_index=True)[1]] = False
+    out, generator = np.empty(len(labels), np.bool_), np.random.default_rng(config.seed)
+    met = np.zeros(int(labels.max()) + 1, np.bool_)
+    for start in range(0, len(labels), BLOCK_LABELS):  # all at once take 40 bytes a label
+        block = labels[start : start + BLOCK_LABELS]
+        mine = generator.random(len(block)) < 1 / config.folds
+        classes, first = np.unique(block, return_index=True)
+        mine[first[~met[classes]]] = False
+        met[classes] = True
+        out[start : start + len(block)] = mine
     return out
 
 

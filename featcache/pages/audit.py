@@ -36,7 +36,7 @@ def render_audit(page: AuditPage) -> str:
     """
     content = describe_audit(page)
     bare = fill_template(TEMPLATE, content)
-    if page.root is None or not page.root.is_dir():
+    if page.root is None:
         return bare
     left = MAX_BYTES - len(bare.encode("utf-8"))
     content["thumbnails"], _ = take_thumbnails(page.root, _list_paths(content), GALLERY_SIDE, left)

@@ -46,7 +46,7 @@ def render_comparison(page: ComparisonPage) -> str:
     """
     content, bare = _fit(page)
     left = MAX_BYTES - len(bare.encode("utf-8"))
-    if page.root is None or not page.root.is_dir():
+    if page.root is None:
         return bare
     content["thumbnails"], left = take_thumbnails(page.root, _list_gallery_paths(content), GALLERY_SIDE, left)
     if content["maps"]:

@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from featcache.dataset import Root
 from featcache.pages.colours import DARK, LIGHT, list_colours
 from featcache.plots import cut_middle
 from featcache.progress import format_bytes
@@ -43,7 +44,7 @@ def fill_template(template: str, content: Mapping[str, Any]) -> str:
     return make_writable(text)
 
 
-def take_thumbnails(root: Path, paths: Iterable[str], side: int, left: int) -> tuple[dict[str, str], int]:
+def take_thumbnails(root: Root, paths: Iterable[str], side: int, left: int) -> tuple[dict[str, str], int]:
     """Thumbnails until so many bytes are used up, and what is left of them; each counts as often as it is shown."""
     shown = list(paths)
     found: dict[str, str] = {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.dataset import Root
 from featcache.runs import Predictions
 
 
@@ -73,14 +73,14 @@ class ComparisonPage:
     feature_maps
         Any number.
     root
-        The folder of the images; None, or one that is no longer there: paths without thumbnails.
+        Where the images are; None: paths without thumbnails.
     """
 
     summary: dict[str, Any]
     arms: list[ArmView]
     curve: dict[str, Any] | None
     feature_maps: list[FeatureMap]
-    root: Path | None
+    root: Root | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class AuditPage:
     versions
         Of the packages, by name.
     root
-        The folder of the images; None, or one that is no longer there: paths without thumbnails.
+        Where the images are; None: paths without thumbnails.
     """
 
     summary: dict[str, Any]
@@ -108,4 +108,4 @@ class AuditPage:
     table: str
     command: str
     versions: Mapping[str, str]
-    root: Path | None
+    root: Root | None

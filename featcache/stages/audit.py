@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featcache import files
 from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache
 from featcache.config import RUNS_DIR, AuditConfig, HeadConfig, name_option
-from featcache.dataset import describe_data
+from featcache.dataset import describe_data, reopen_root
 from featcache.errors import DatasetError, OutputError
 from featcache.extras import import_extra
 from featcache.findings import (
@@ -43,6 +43,7 @@ from featcache.pages import AuditPage, render_audit
 from featcache.progress import SILENT, Progress, format_bytes
 from featcache.runs import describe_environment
 from featcache.stages.train_head import settle_scaling
+from featcache.storage import Place, locate, locate_local
 
 RECORD, TABLE, PAGE = "audit.json", "labels.csv", "audit.html"
 SCHEMA = 1
@@ -176,7 +177,7 @@ class Audit:
 
 
 def audit(
-    features: Path | str,
+    features: Place | str,
     output: Path | str = f"{RUNS_DIR}/audit",
     *,
     progress: Progress = SILENT,
@@ -219,14 +220,14 @@ def audit(
     >>> audit("features.h5").label_issues[0].path                          # doctest: +SKIP
     'train/ants/1473187633_63ccaacea6.jpg'
     """
-    config, output = AuditConfig(**settings), Path(output)
+    config, output = AuditConfig(**settings), locate_local(output, "an audit")
     import_extra("cleanlab", extra="audit", what="an audit needs")
     check_replaceable(output)
     files.check_folder_writable(output.parent, output)
     check_memory(features)
     cache = read_cache(features)
     check_complete(cache, features)
-    found = audit_cache(cache, config, progress, path=Path(features), output=output)
+    found = audit_cache(cache, config, progress, path=locate(features), output=output)
     with files.fill_files(output) as folder:
         write_audit(folder, found)
     return found
@@ -240,7 +241,7 @@ def check_replaceable(output: Path) -> None:
         raise OutputError(f"{output} is there and is not an audit; choose another place with -o")
 
 
-def check_memory(features: Path | str) -> None:
+def check_memory(features: Place | str) -> None:
     """Raise a DatasetError if an audit of these features would take more memory than is free, where that is known."""
     with CacheReader(features) as reader:
         n_numbers = sum(int(np.prod(reader.shape_of(split))) for split in reader.cache.splits)
@@ -290,7 +291,7 @@ class Judged:
     strength: float | None
 
 
-def audit_cache(cache: FeatureCache, config: AuditConfig, progress: Progress, *, path: Path, output: Path) -> Audit:
+def audit_cache(cache: FeatureCache, config: AuditConfig, progress: Progress, *, path: Place, output: Path) -> Audit:
     """Everything that is found in a cache. Writes nothing."""
     table = join_splits(cache)
     check_finite(table.features, table.paths)
@@ -387,7 +388,7 @@ def describe_group(group: Group, images: Sequence[AuditedImage]) -> AuditedGroup
     )
 
 
-def describe_features(cache: FeatureCache, path: Path) -> dict[str, Any]:
+def describe_features(cache: FeatureCache, path: Place) -> dict[str, Any]:
     """Which features were looked at."""
     return {
         "cache": str(path),
@@ -461,7 +462,7 @@ def say_why_not(table: Table) -> str:
 
 
 def write_audit(folder: Path, found: Audit) -> None:
-    """Write everything of an audit into a folder that is being filled; its images are below `found.data["folder"]`."""
+    """Write everything of an audit into a folder that is being filled; its images are at `found.data["folder"]`."""
     summary = found.describe()
     page = AuditPage(
         summary=summary,
@@ -469,7 +470,7 @@ def write_audit(folder: Path, found: Audit) -> None:
         table=str(found.folder / TABLE),
         command=say_command(found),
         versions={**describe_environment()["versions"], "cleanlab": version("cleanlab")},
-        root=Path(found.data["folder"]),
+        root=reopen_root(found.data["folder"]),
     )
     (folder / TABLE).write_bytes(format_table(found.ranking).encode("utf-8", errors="surrogateescape"))
     (folder / RECORD).write_text(files.pretty_json(summary), encoding="utf-8")

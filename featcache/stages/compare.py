@@ -35,6 +35,7 @@ from featcache.stages.run_arms import (
     say_left_out,
 )
 from featcache.stages.write_comparison import Material, find_remarks, write_comparison
+from featcache.storage import Place, locate, locate_local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ def compare(
     FeatcacheError
         Whatever `extract_features`, `train_head`, `finetune` and `compare_runs` raise.
     """
-    started, output, progress = time.perf_counter() - age, Path(output), Once(progress)
+    started, output, progress = time.perf_counter() - age, locate_local(output, "a report"), Once(progress)
     stated = CompareConfig(**settings)
     check_replaceable(output)
     config = adopt_existing(stated, progress)
@@ -138,7 +139,7 @@ def compare_runs(
     runs: Sequence[Path | str],
     output: Path | str = f"{RUNS_DIR}/compare",
     *,
-    features: Path | str | None = None,
+    features: Place | str | None = None,
     map: str | None = None,  # noqa: A002 - as the option is called
     progress: Progress = SILENT,
 ) -> Comparison:
@@ -169,12 +170,12 @@ def compare_runs(
         If the output cannot be written, or something else lies there.
     """
     config = CompareConfig(map=map)
-    output, folders = Path(output), [Path(run) for run in runs]
+    output, folders = locate_local(output, "a report"), [Path(run) for run in runs]
     check_replaceable(output)
     groups = group_runs(folders)
     arms = load_arms(groups, name_arms([group.runs[0] for group in groups]))
     command = shlex.join(["featcache", "compare", *[str(folder) for folder in folders], "-o", str(output)])
-    usable = None if features is None or not Path(features).is_file() else Path(features)
+    usable = None if features is None or not locate(features).is_file() else locate(features)
     material = Material(features=usable, curve=False, map=config.map, command=command)
     return finish(arms, output, material, progress)
 

@@ -12,10 +12,60 @@ from featcache.config import ExtractConfig
 from featcache.dataset import Listing
 from featcache.errors import BadImage
 from featcache.images import ImageRows, ViewRows, make_pixel_transform
+from featcache.metering import NOTHING_SPENT, Spent
 from featcache.preprocessing import Preprocessing
 from featcache.progress import Progress
 from featcache.runtime import Execution, Outputs, choose_runtime, prepare_execution
 from featcache.stages.plan import Computed, Plan, Row, say_kept
+
+
+class RowKeeper:
+    """Takes what comes out of a network, keeps what can be stored in parts, and remembers what cannot.
+
+    Parameters
+    ----------
+    plan
+        What is extracted, by what, into what.
+    config
+        In which precision.
+    spent
+        What was done for the rows before, elsewhere.
+
+    Attributes
+    ----------
+    reasons
+        Of the images, by their digests, that cannot be used; their views cannot be either.
+    bad
+        Every file with such an image.
+    n_rows
+        That were kept.
+    """
+
+    def __init__(self, plan: Plan, config: ExtractConfig, *, spent: Spent = NOTHING_SPENT) -> None:
+        self.reasons: dict[str, str] = {}
+        self.bad: list[BadImage] = []
+        self.n_rows = 0
+        self._paths: dict[str, list[str]] = {}
+        self._image_of: dict[str, str] = {}
+        self._config, self._writer = config, PartWriter(parts_path(plan.output), plan.key, config.store, spent=spent)
+
+    @property
+    def writer(self) -> PartWriter:
+        """What the rows go to."""
+        return self._writer
+
+    def take(self, output: Outputs, rows: Sequence[Row], paths: dict[str, list[str]]) -> None:
+        """Keep what came out for some of these rows; `paths` are all those of each image by its digest."""
+        finite, failed = find_unusable(output, [paths[rows[row].image][0] for row in output.rows], self._config)
+        self._writer.add([rows[row].digest for row in output.rows[finite].tolist()], output.values[finite])
+        self.n_rows += int(finite.sum())
+        if failed and self._paths is not paths:
+            self._paths, self._image_of = paths, {copies[0]: image for image, copies in paths.items()}
+        for path, reason in failed:
+            image = self._image_of[path]
+            if image not in self.reasons:
+                self.reasons[image] = reason
+                self.bad += [BadImage(copy, reason) for copy in paths[image]]
 
 
 def compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progress: Progress) -> Computed:
@@ -23,10 +73,7 @@ def compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progres
 
     Whatever ends it, the rows that were computed are kept.
     """
-    paths = find_paths(plan.listing, rows)
-    image_of = {copies[0]: image for image, copies in paths.items()}
-    reasons: dict[str, str] = {}  # of an image that cannot be used; its views cannot be either
-    writer = PartWriter(parts_path(plan.output), plan.key, config.store)
+    paths, keeper = find_paths(plan.listing, rows), RowKeeper(plan, config)
     execution = prepare_backbone(plan, rows, config)
     if execution.remark:
         progress.say(f"{execution.remark}: {execution.runtime} takes its place")
@@ -34,18 +81,14 @@ def compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progres
         n = count_different(plan)
         outputs, unit = execution.run(), "view" if plan.views else "img"
         for output in progress.track(outputs, total=n, done=n - len(rows), what="extracting", unit=unit):
-            finite, failed = find_unusable(output, [paths[rows[row].image][0] for row in output.rows], config)
-            writer.add([rows[row].digest for row in output.rows[finite].tolist()], output.values[finite])
-            for path, reason in failed:
-                reasons.setdefault(image_of[path], reason)
+            keeper.take(output, rows, paths)
     except KeyboardInterrupt:
-        writer.flush()
-        say_kept(plan, writer.parts, progress)
+        keeper.writer.flush()
+        say_kept(plan, keeper.writer.parts, progress)
         raise
     finally:
-        writer.flush()
-    bad = [BadImage(copy, reason) for image, reason in reasons.items() for copy in paths[image]]
-    return Computed(bad, writer.parts, execution.runtime)
+        keeper.writer.flush()
+    return Computed(keeper.bad, keeper.writer.parts, execution.runtime)
 
 
 def find_paths(listing: Listing, rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -89,7 +132,7 @@ def foresee_runtime(plan: Plan, config: ExtractConfig) -> str:
     return choose_runtime(
         config.runtime,
         plan.device,
-        n_images=len(plan.missing),
+        n_images=plan.n_new,
         network=plan.backbone.network,
         compute=plan.backbone.precision["compute"],
     )
@@ -98,19 +141,26 @@ def foresee_runtime(plan: Plan, config: ExtractConfig) -> str:
 def prepare_backbone(plan: Plan, rows: Sequence[Row], config: ExtractConfig) -> Execution:
     """The plan's backbone, ready to run over these images and views, in their order.
 
-    The runtime is the one for all that is missing, however many of them these are.
+    The runtime is the one for all that no cache has, however many of them these are.
     """
+    assert plan.backbone
+    return prepare_rows(plan, make_rows(plan, rows, plan.backbone.preprocessing), config)
+
+
+def prepare_rows(plan: Plan, rows: ImageRows, config: ExtractConfig) -> Execution:
+    """The same of rows that are made already."""
     assert plan.backbone
     assert plan.device
     return prepare_execution(
         plan.backbone.network,
-        make_rows(plan, rows, plan.backbone.preprocessing),
+        rows,
         device=plan.device,
         runtime=config.runtime,
         precision=plan.backbone.precision,
-        n_images=max(len(plan.missing), len(rows)),
+        n_images=max(plan.n_new, len(rows)),
         batch_size=config.batch_size,
         workers=config.workers,
+        fill=True,
     )
 
 

@@ -11,6 +11,7 @@ from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Listing
 from featcache.progress import SILENT, Progress
 from featcache.stages.plan import Plan, plan_extraction, take_backbone
+from featcache.storage import Place, locate
 from featcache.views import Views
 
 
@@ -35,14 +36,14 @@ class Explanation:
 
 
 def explain_cache(
-    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+    data: Path | str, output: Place | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
 ) -> Explanation:
     """Say what of a cache the same call of `extract_features` would use, and why not the rest. Writes nothing.
 
     Parameters, errors as of `extract_features`; but a cache of another extractor is explained, not refused.
     """
     settings, given = take_backbone(settings)
-    plan = plan_extraction(data, Path(output), ExtractConfig(**settings), progress, explain=True, given=given)
+    plan = plan_extraction(data, locate(output), ExtractConfig(**settings), progress, explain=True, given=given)
     if plan.old is None:
         return Explanation(plan=plan, fields=[], images={})
     return Explanation(

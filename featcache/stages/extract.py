@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from featcache import files
 from featcache.cache import (
     STORED_TYPES,
+    DigestTable,
     FeatureCache,
     FeatureSplit,
     GatheredRows,
@@ -22,6 +21,7 @@ from featcache.cache import (
     Source,
     check_parts,
     hold_output,
+    list_done,
     open_cache,
     open_sources,
     parts_path,
@@ -36,20 +36,38 @@ from featcache.dataset import (
     Listing,
     Split,
     list_changed,
+    name_root,
 )
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputError
 from featcache.metering import Meter, PeakMemory, Spent, add_up
 from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
 from featcache.runs import describe_environment
-from featcache.stages.plan import Computed, Plan, Row, plan_extraction, remember_extractor, say_kept, take_backbone
-from featcache.views import NO_VIEWS, Views
+from featcache.stages.plan import (
+    Computed,
+    Plan,
+    Row,
+    find_missing,
+    iterate_found,
+    plan_extraction,
+    remember_extractor,
+    say_kept,
+    take_backbone,
+)
+from featcache.storage import Place, check_writable, follow_link, locate
+from featcache.views import NO_VIEWS
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
 
-NAMED_IMAGES = 1 << 16  # whose views' digests are held at a time
 COMPUTED_WITH = ("peak_memory_bytes", "device", "runtime", "environment")
+
+
+class ComputeRows(Protocol):
+    """What computes rows: into parts, told of in the answer."""
+
+    def __call__(self, plan: Plan, rows: Sequence[Row], config: ExtractConfig, progress: Progress, /) -> Computed:
+        """Compute these rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +88,7 @@ class Extraction:
         Wall time of this call.
     """
 
-    path: Path
+    path: Place
     cache: FeatureCache
     computed: int
     bad: tuple[BadImage, ...]
@@ -86,7 +104,7 @@ class Extraction:
 
 
 def extract_features(
-    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+    data: Path | str, output: Place | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
 ) -> Extraction:
     """Extract the features of every image of a folder into an HDF5 file.
 
@@ -129,9 +147,9 @@ def extract_features(
     """
     meter, memory = Meter(), PeakMemory()
     settings, given = take_backbone(settings)
-    config, output = ExtractConfig(**settings), files.follow_link(Path(output))
+    config, output = ExtractConfig(**settings), follow_link(locate(output))
     try:
-        files.check_writable(output)
+        check_writable(output)
     except OutputError:
         if output.is_file() and (finished := _find_finished(data, output, config, progress, meter, given)):
             return finished
@@ -140,16 +158,20 @@ def extract_features(
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
         start = look_around()
+        if config.engine == "ray":
+            from featcache.stages.spread import extract_on_cluster
+
+            return extract_on_cluster(data, output, config, progress, given=given, meter=meter, memory=memory)
         plan = plan_extraction(data, output, config, progress, keep=True, given=given)
         if plan.missing:
             plan = _equip(plan, config, progress)
-        extraction = _carry_out(plan, config, progress, meter, memory)
+        extraction = finish_extraction(plan, config, progress, meter, memory, _compute_rows)
         remember_extractor(plan, config, start)
         return extraction
 
 
 def _find_finished(
-    data: Path | str, output: Path, config: ExtractConfig, progress: Progress, meter: Meter, given: Backbone | None
+    data: Path | str, output: Place, config: ExtractConfig, progress: Progress, meter: Meter, given: Backbone | None
 ) -> Extraction | None:
     """The cache in a place that cannot be written, if there is nothing to write."""
     plan = plan_extraction(data, output, config, progress, given=given)
@@ -158,8 +180,27 @@ def _find_finished(
     return _finish(plan, 0, (), meter)
 
 
-def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, meter: Meter, memory: PeakMemory) -> Extraction:
-    """Compute what is missing and put everything into the file."""
+def finish_extraction(
+    plan: Plan, config: ExtractConfig, progress: Progress, meter: Meter, memory: PeakMemory, compute: ComputeRows
+) -> Extraction:
+    """Compute what is missing and put everything into the file, by who holds the output.
+
+    Parameters
+    ----------
+    plan, config, progress
+        What is to be done, and how.
+    meter, memory
+        Of the costs, since the beginning.
+    compute
+        What computes rows into parts.
+
+    Raises
+    ------
+    BadImagesError
+        If files cannot be used as images and `skip_bad` is not set.
+    FeatcacheError
+        What `compute` raises; that the file cannot be written.
+    """
     _say_plan(plan, config, progress)
     if not plan.missing and not config.rehash and _is_up_to_date(plan, plan.listing, config):
         remove_parts(plan.output, plan.key)
@@ -170,23 +211,20 @@ def _carry_out(plan: Plan, config: ExtractConfig, progress: Progress, meter: Met
                 f"WARNING: {path} is damaged, {split} rows {start} to {stop - 1}: what is needed is recomputed"
             )
         missing = find_missing(plan.listing, plan.views, _make_table(plan, sources, plan.parts))
-        if missing:  # damaged rows may be among them
-            plan = _equip(plan, config, progress)
-        computed = _compute_rows(plan, missing, config, progress)
+        computed = compute(plan, missing, config, progress)
         bad = [*plan.listing.bad, *computed.bad]
         if bad and not config.skip_bad:
             say_kept(plan, computed.parts, progress)
             raise BadImagesError(bad)
-        listing = plan.listing.without(bad)
-        kept = listing.digests()
-        n_computed = sum(row.image in kept for row in missing)
+        listing = plan.listing.without(bad) if bad else plan.listing
+        n_computed = _count_usable(missing, computed.bad, plan.listing)
         if n_computed or damaged or not _is_up_to_date(plan, listing, config):
             table = _make_table(plan, sources, [*plan.parts, *computed.parts])
             provenance = _describe_origin(plan, listing, config, memory, meter, computed)
             write_cache(plan.output, _gather(plan, listing, table, provenance))
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} files stay in {parts_path(plan.output)}: of another extractor, or not featcache's")
-    if plan.old and plan.sources and (gone := len(plan.old.listing.digests() - listing.digests())):
+    if plan.old and plan.sources and (gone := _count_gone(plan.old.listing, listing)):
         progress.say(f"{gone} old rows dropped from {plan.output}: their images have changed or are gone")
     if missing and (changed := list_changed(listing)):
         progress.say(f"WARNING: {len(changed)} images changed meanwhile, such as {changed[0]}; run the same again")
@@ -205,28 +243,7 @@ def _compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progre
         return Computed([], [])
     from featcache.stages.compute import compute_rows
 
-    return compute_rows(plan, rows, config, progress)
-
-
-def find_missing(listing: Listing, views: Views, table: RowTable) -> list[Row]:
-    """The rows that are not there, each once, in the order of the listing; those of an image side by side."""
-    missing: dict[str, Row] = {}
-    for name, split in listing.splits.items():
-        found = find_rows(table, split.digests, views, views.count(name)) >= 0
-        for i, column in np.argwhere(~found).tolist():
-            image, number = split.digests[i], column - 1 if column else None
-            digest = views.name_row(image, number)
-            missing.setdefault(digest, Row(digest, image, number))
-    return list(missing.values())
-
-
-def find_rows(table: RowTable, digests: Sequence[str], views: Views, n: int) -> NDArray[np.int64]:
-    """Where the rows of N images and of n views of each are (N, 1 + n), -1 where there is none."""
-    found = np.empty((len(digests), 1 + n), np.int64)
-    for start in range(0, len(digests), NAMED_IMAGES):
-        names = views.name_rows(digests[start : start + NAMED_IMAGES], n)
-        found[start : start + len(names)] = table.find(names.reshape(-1)).reshape(names.shape)
-    return found
+    return compute_rows(_equip(plan, config, progress), rows, config, progress)  # damaged ones may be among them
 
 
 def _make_table(plan: Plan, sources: Sequence[Source], parts: Sequence[Part]) -> RowTable:
@@ -238,7 +255,7 @@ def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str,
     splits = {}
     for name, split in listing.splits.items():
         n = plan.views.count(name)
-        positions = find_rows(table, split.digests, plan.views, n)
+        positions = np.concatenate([found for _, found in iterate_found(table, split.digests, plan.views, n)])
         if (positions < 0).any():
             raise CacheError(f"parts vanished from {parts_path(plan.output)} meanwhile; run the same command again")
         splits[name] = FeatureSplit(
@@ -258,7 +275,7 @@ def _describe_origin(
     earlier = [open_cache(path).provenance for path in plan.sources]
     costs = [*(part.spent for part in plan.parts), *map(Spent.from_json, earlier)]
     provenance = {
-        "data": str(listing.root.resolve()),
+        "data": name_root(listing.root),
         "settings": plan.list_settings(config),
         **add_up([*costs, meter.read()] if computed.runtime else costs).to_json(),
         "peak_memory_bytes": memory.read(),
@@ -267,9 +284,47 @@ def _describe_origin(
         "environment": describe_environment(),
         "bad": [list(item) for item in listing.bad],
     }
-    if earlier and not computed.runtime:  # how it was once computed is what counts
-        provenance |= {name: earlier[0][name] for name in COMPUTED_WITH}
+    if not computed.runtime:  # how it was once computed, or elsewhere, is what counts
+        provenance |= _find_machine(plan, earlier)
     return provenance
+
+
+def _find_machine(plan: Plan, earlier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What rows were computed with that were not computed here: as an earlier cache says, else what shards say."""
+    if earlier:
+        return {name: earlier[0][name] for name in COMPUTED_WITH}
+    machines = list(list_done(plan.output, plan.key).values())
+    if not machines:
+        return {"device": ""}
+    peaks = [one["peak_memory_bytes"] for one in machines if isinstance(one.get("peak_memory_bytes"), int)]
+    first = next((one for one in machines if one.get("runtime")), machines[0])
+    return {
+        "device": str(first.get("device", "")),
+        "runtime": str(first.get("runtime", "")),
+        "environment": dict(first.get("environment", {})),
+        "peak_memory_bytes": max(peaks, default=None),
+    }
+
+
+def _count_usable(rows: Sequence[Row], bad: Sequence[BadImage], listing: Listing) -> int:
+    """How many of these rows are of images that can be used."""
+    if not bad:
+        return len(rows)
+    paths = {path for path, _ in bad}
+    unusable = {
+        digest
+        for split in listing.splits.values()
+        for path, digest in zip(split.paths, split.digests, strict=True)
+        if path in paths
+    }
+    return sum(row.image not in unusable for row in rows)
+
+
+def _count_gone(old: Listing, new: Listing) -> int:
+    """How many different images of an old listing are not in a new one."""
+    there = DigestTable([np.array(split.digests, "S64") for split in new.splits.values()])
+    gone = [np.array(split.digests, "S64") for split in old.splits.values()]
+    return len(np.unique(np.concatenate([digests[there.find(digests) < 0] for digests in gone])))
 
 
 def _is_up_to_date(plan: Plan, listing: Listing, config: ExtractConfig) -> bool:
@@ -287,7 +342,7 @@ def _is_up_to_date(plan: Plan, listing: Listing, config: ExtractConfig) -> bool:
         and plan.old.views == plan.views
         and origin["settings"] == plan.list_settings(config)
         and origin["bad"] == [list(item) for item in listing.bad]
-        and origin["data"] == str(listing.root.resolve())
+        and origin["data"] == name_root(listing.root)
     )
     if not same:
         return False
@@ -312,6 +367,19 @@ def _finish(plan: Plan, computed: int, bad: tuple[BadImage, ...], meter: Meter) 
     )
 
 
+def describe_network(plan: Plan, config: ExtractConfig) -> str:
+    """What would compute what, in words."""
+    where, views = "", ""
+    if plan.backbone and plan.n_new:
+        from featcache.stages.compute import foresee_runtime
+
+        where = f", {plan.device} ({foresee_runtime(plan, config)})"
+    if plan.views:
+        views = f"; views: {plan.views.describe()}, seed {plan.views.seed}"
+    extractor = plan.extractor
+    return f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}{views}"
+
+
 def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
     verb = {
         "create": "new cache",
@@ -321,17 +389,9 @@ def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
     }[plan.decision]
     kept = sum(map(len, plan.parts))
     going_on = f", {kept} rows of an earlier try" if kept else ""
-    where = ""
-    if plan.missing:
-        from featcache.stages.compute import foresee_runtime
-
-        where = f", {plan.device} ({foresee_runtime(plan, config)})"
-    extractor, views = plan.extractor, ""
-    if plan.views:
-        views = f"; views: {plan.views.describe()}, seed {plan.views.seed}"
     progress.say(
-        f"{extractor['backbone']}, weights {extractor['weights']['name']}, {plan.width} features{where}{views}; "
-        f"{verb}{going_on}, {len(plan.missing)} images {'and views ' if plan.views else ''}to compute"
+        f"{describe_network(plan, config)}; {verb}{going_on}, {len(plan.missing)} images "
+        f"{'and views ' if plan.views else ''}to compute"
     )
     old = plan.old.views if plan.old else NO_VIEWS
     if old and not (plan.views and old.is_like(plan.views)):

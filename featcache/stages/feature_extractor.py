@@ -11,7 +11,6 @@ import copy
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
-from featcache import files
 from featcache.backbones import Backbone, check_unchanged
 from featcache.cache import open_cache
 from featcache.config import ExtractConfig
@@ -31,6 +29,7 @@ from featcache.runtime import select_device
 from featcache.stages.plan import take_backbone
 from featcache.stages.provide_backbone import find_example, provide_backbone, settle_execution
 from featcache.stages.provide_features import TURN, Task, provide_features
+from featcache.storage import Place, follow_link, locate
 
 REMEMBERED = 2  # networks that stay loaded in this process: every fold of a search is a fresh clone of the transformer
 _loaded: OrderedDict[tuple[Any, ...], Backbone] = OrderedDict()
@@ -98,7 +97,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
         decoder: str | None = None,
         batch_size: int | None = None,
         workers: int | None = None,
-        cache: Path | str | None = None,
+        cache: Place | str | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.backbone = backbone
@@ -177,7 +176,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
             backbone=backbone,
             device=select_device(config.device, backbone.network),
             config=config,
-            output=None if self.cache is None else files.follow_link(Path(self.cache)),
+            output=None if self.cache is None else follow_link(locate(self.cache)),
             progress=self.progress or SILENT,
         )
         return provide_features(task)
@@ -210,9 +209,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):  # type: ignore[misc]  
 
     def _find_example(self) -> Mapping[str, Any] | None:
         """The extractor of the cache file, if there is one."""
-        if self.cache is None or not Path(self.cache).is_file():
+        if self.cache is None or not locate(self.cache).is_file():
             return None
-        return find_example(open_cache(files.follow_link(Path(self.cache))), ExtractConfig())
+        return find_example(open_cache(follow_link(locate(self.cache))), ExtractConfig())
 
     def __sklearn_clone__(self) -> FeatureExtractor:
         """A clone that uses the same network, which is frozen, and tells the same listener, instead of copies."""

@@ -65,6 +65,7 @@ from featcache.stages.training_record import (
     tabulate_history,
     write_finetune_run,
 )
+from featcache.storage import locate_local
 from featcache.training import Checkpoints, Epoch, Trainer, Training, keep_if_due
 
 FIRST_STEPS = 5  # after which it is known how long a step takes
@@ -128,11 +129,11 @@ def finetune(
     """
     meter, memory = Meter(), PeakMemory()
     settings, given = take_backbone(settings)
-    config, output = FinetuneConfig(**settings), files.follow_link(Path(output))
+    config, output = FinetuneConfig(**settings), files.follow_link(locate_local(output, "a run"))
     check_trainable(config.backbone)
     check_output_name(output)
     files.check_folder_writable(output.parent, output)
-    check_root(Path(data))
+    check_root(data)
     if config.tensorboard:
         import_extra("tensorboard", extra="tensorboard", what="--tensorboard needs")
         files.check_folder_writable(Path(config.tensorboard), Path(config.tensorboard))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from featcache import files
 from featcache.cache import (
     FeatureCache,
     FeatureSplit,
@@ -18,6 +17,7 @@ from featcache.cache import (
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.progress import SILENT, Progress
 from featcache.stages.plan import Plan, Row, plan_extraction, take_backbone
+from featcache.storage import Place, follow_link, locate
 
 PROBE_IMAGES = 48
 
@@ -42,7 +42,7 @@ class Forecast:
 
 
 def forecast_extraction(
-    data: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+    data: Path | str, output: Place | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
 ) -> tuple[Plan, Forecast]:
     """Say what `extract_features` would do, how long it would take and how large the file would be. Writes nothing.
 
@@ -50,7 +50,7 @@ def forecast_extraction(
     """
     settings, given = take_backbone(settings)
     config = ExtractConfig(**settings)
-    plan = plan_extraction(data, files.follow_link(Path(output)), config, progress, given=given)
+    plan = plan_extraction(data, follow_link(locate(output)), config, progress, given=given)
     if plan.missing:
         from featcache.stages.provide_backbone import equip
 

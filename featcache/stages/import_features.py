@@ -32,6 +32,7 @@ from featcache.dataset import (
     check_classes_filled,
     hash_files,
     list_doubts,
+    name_root,
     split_by_content,
 )
 from featcache.errors import DatasetError, StaleCacheError
@@ -39,6 +40,7 @@ from featcache.metering import Meter
 from featcache.progress import SILENT, Progress
 from featcache.runs import describe_environment
 from featcache.stages.tables import Table, check_table, open_table
+from featcache.storage import Place, assembly_path, check_writable, follow_link, locate
 
 SPLIT_NAMES = {**{name: name for name in SPLITS}, "validation": "val", "valid": "val"}
 PIECE_BYTES = 16 << 20  # of features that are hashed at a time
@@ -60,14 +62,14 @@ class ImportedFeatures:
         Wall time of this call.
     """
 
-    path: Path
+    path: Place
     cache: FeatureCache
     reused: bool
     seconds: float
 
 
 def import_features(
-    table: Path | str, output: Path | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
+    table: Path | str, output: Place | str = FEATURES_FILE, *, progress: Progress = SILENT, **settings: Any
 ) -> ImportedFeatures:
     """Make a cache of features that another program made.
 
@@ -111,14 +113,14 @@ def import_features(
     (40000, 512)
     """
     meter = Meter()
-    config, table, output = ImportConfig(**settings), Path(table), files.follow_link(Path(output))
+    config, table, output = ImportConfig(**settings), Path(table), follow_link(locate(output))
     check_table(table)
-    files.check_writable(output)
+    check_writable(output)
     with hold_output(output, wait=config.wait, progress=progress):
         remove_temporary(output)
         old = open_old(output, force=config.force)
         sha256 = files.hash_file(table)
-        opened = open_table(table, config, progress, output.parent)
+        opened = open_table(table, config, progress, assembly_path(output))
         cache = make_cache(opened, sha256, config, progress)
         check_same_source(old, cache, output, force=config.force)
         reused = old is not None and is_same_cache(old, cache) and bool(verify_cache(output))
@@ -128,7 +130,7 @@ def import_features(
     return ImportedFeatures(path=output, cache=open_cache(output), reused=reused, seconds=meter.seconds)
 
 
-def check_same_source(old: FeatureCache | None, new: FeatureCache, output: Path, *, force: bool) -> None:
+def check_same_source(old: FeatureCache | None, new: FeatureCache, output: Place, *, force: bool) -> None:
     """Raise a StaleCacheError if a cache was made from something else and may not be replaced."""
     if old is not None and old.key != new.key and not force:
         raise StaleCacheError(
@@ -161,7 +163,7 @@ def make_cache(table: Table, sha256: str, config: ImportConfig, progress: Progre
         If labels, paths, splits or features are not usable.
     """
     listing = list_rows(table, config, progress)
-    row_of = {path: row for row, path in enumerate(listing_paths(table, listing.root))}
+    row_of = {path: row for row, path in enumerate(listing_paths(table, Path(str(listing.root))))}
     splits = {
         name: FeatureSplit(
             listing=split,
@@ -217,7 +219,7 @@ def describe_origin(table: Table, listing: Listing, config: ImportConfig) -> dic
     if config.data is not None:
         settings["data"] = str(Path(config.data).resolve())
     return {
-        "data": str(listing.root.resolve()),
+        "data": name_root(listing.root),
         "table": str(table.path.resolve()),
         "settings": settings,
         "seconds": 0.0,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.cache import (
+    DigestTable,
     FeatureCache,
-    FeatureSplit,
     Part,
     can_serve,
     check_complete,
@@ -41,6 +42,7 @@ from featcache.dataset import (
 from featcache.errors import BadImage, SettingsError, StaleCacheError
 from featcache.progress import SILENT, Progress
 from featcache.recall import Start, is_known, keep_known
+from featcache.storage import Place, locate
 from featcache.views import NO_VIEWS, Views
 
 if TYPE_CHECKING:
@@ -48,8 +50,21 @@ if TYPE_CHECKING:
 
     from featcache.backbones import Backbone
 
+NAMED_IMAGES = 1 << 16  # whose views' digests are held at a time
 # Settings that have no say in which features are wanted.
-WITHOUT_SAY = (*VIEWS, "batch_size", "workers", "val_fraction", "skip_bad", "reuse", "rehash", "wait", "force")
+WITHOUT_SAY = (
+    *VIEWS,
+    "batch_size",
+    "workers",
+    "val_fraction",
+    "skip_bad",
+    "reuse",
+    "rehash",
+    "wait",
+    "force",
+    "engine",
+    "address",
+)
 
 
 class Row(NamedTuple):
@@ -98,19 +113,22 @@ class Plan:
         The random views that are wanted.
     missing
         The rows that are nowhere, each once.
+    n_new
+        Rows that no cache has: the missing ones, and those that an earlier try has made. They decide the runtime.
     """
 
-    output: Path
+    output: Place
     decision: str
     listing: Listing
     extractor: dict[str, Any]
     backbone: Backbone | None
     device: torch.device | None
     old: FeatureCache | None
-    sources: tuple[Path, ...]
+    sources: tuple[Place, ...]
     parts: tuple[Part, ...]
     views: Views
     missing: tuple[Row, ...]
+    n_new: int
 
     @property
     def key(self) -> str:
@@ -144,7 +162,7 @@ class Computed(NamedTuple):
 
 def plan_extraction(
     data: Path | str,
-    output: Path,
+    output: Place,
     config: ExtractConfig,
     progress: Progress = SILENT,
     *,
@@ -172,59 +190,178 @@ def plan_extraction(
     FeatcacheError
         As `extract_features`.
     """
-    check_root(Path(data))
-    old = open_old(output, force=config.force)
-    if old and not explain and not config.force:
-        _check_name(old, output, config)
-    backbone, device = None, None
-    if (
-        old
-        and given is None
-        and not config.force
-        and not config.rehash
-        and is_known(_make_request(config, old.extractor))
-    ):
-        extractor = dict(old.extractor)
-    else:
-        from featcache.stages.provide_backbone import provide_settled
-
-        backbone, device = provide_settled(config, given, old, progress)
-        extractor = backbone.describe(config.store)
-    if old and not explain and not config.force:
-        check_same_extractor(old, output, extractor)
-    others = {Path(path): open_cache(path) for path in config.reuse}
-    for path, cache in others.items():
-        check_complete(cache, path)
-        if not can_serve(cache.extractor, extractor):
-            raise StaleCacheError(f"{path} cannot be reused: {describe_differences(cache.extractor, extractor)}")
-    clips = bool(extractor["preprocessing"].get("frames", 0))
-    listing = _list_images(data, output, old, config, progress, keep, clips)
-    if backbone and backbone.precision == {"compute": "int8"}:
+    check_root(data)
+    settled = settle_extractor(output, config, progress, explain=explain, given=given)
+    sources = open_sources_of(settled, output, config)
+    listing = list_images(data, output, settled, config, progress, keep=keep)
+    if settled.backbone and settled.backbone.precision == {"compute": "int8"}:
         from featcache.stages.provide_backbone import calibrate
 
-        backbone = calibrate(backbone, listing, config, progress)
+        backbone = calibrate(settled.backbone, listing, config, progress)
+        settled = replace(settled, backbone=backbone, extractor=backbone.describe(config.store))
+        sources = open_sources_of(settled, output, config)
+    return make_plan(listing, settled, sources, output, config, progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What would compute, before anybody knows of what.
+
+    Attributes
+    ----------
+    old
+        The cache that lies at the output.
+    extractor
+        Description of what would compute.
+    backbone, device
+        The network and where it would run; None where the description is known from an earlier run.
+    """
+
+    old: FeatureCache | None
+    extractor: dict[str, Any]
+    backbone: Backbone | None = None
+    device: torch.device | None = None
+
+    @property
+    def key(self) -> str:
+        """The extractor's key."""
+        return hash_extractor(self.extractor)
+
+    @property
+    def same(self) -> bool:
+        """Whether the cache that lies there is this very extractor's."""
+        return self.old is not None and self.old.key == self.key
+
+    @property
+    def clips(self) -> bool:
+        """Whether it takes clips."""
+        return bool(self.extractor["preprocessing"].get("frames", 0))
+
+
+def settle_extractor(
+    output: Place,
+    config: ExtractConfig,
+    progress: Progress,
+    *,
+    explain: bool = False,
+    given: Backbone | None = None,
+    like: Mapping[str, Any] | None = None,
+) -> Settled:
+    """See what lies at the output, and what would compute.
+
+    Parameters
+    ----------
+    output, config, progress, explain, given
+        As in `plan_extraction`.
+    like
+        An extractor whose decoder and precision count where none are stated, if no cache lies there.
+
+    Raises
+    ------
+    FeatcacheError
+        As `extract_features`.
+    """
+    old = open_old(output, force=config.force)
+    asking = old is not None and not explain and not config.force
+    if old and asking:
+        _check_name(old, output, config)
+    usual = old and given is None and not config.force and not config.rehash
+    if old and usual and is_known(_make_request(config, old.extractor)):
+        settled = Settled(old=old, extractor=dict(old.extractor))
+    else:
+        from featcache.stages.provide_backbone import find_example, provide_settled
+
+        backbone, device = provide_settled(config, given, find_example(old, config) or like, progress)
         extractor = backbone.describe(config.store)
-    same = old is not None and old.key == hash_extractor(extractor)
-    usable = same or (old is not None and config.force and can_serve(old.extractor, extractor))
-    sources = {**({output: old} if old and usable else {}), **others}
-    parts, unreadable = list_parts(output, "rows", hash_extractor(extractor))
+        settled = Settled(old=old, extractor=extractor, backbone=backbone, device=device)
+    if old and asking:
+        check_same_extractor(old, output, settled.extractor)
+    return settled
+
+
+def open_sources_of(settled: Settled, output: Place, config: ExtractConfig) -> dict[Place, FeatureCache]:
+    """The caches whose rows may be taken: the one at the output, and those to reuse.
+
+    Raises
+    ------
+    StaleCacheError
+        If one to reuse was made by another extractor.
+    """
+    others = {locate(path): open_cache(path) for path in config.reuse}
+    for path, cache in others.items():
+        check_complete(cache, path)
+        if not can_serve(cache.extractor, settled.extractor):
+            raise StaleCacheError(
+                f"{path} cannot be reused: {describe_differences(cache.extractor, settled.extractor)}"
+            )
+    old = settled.old
+    if old and (settled.same or (config.force and can_serve(old.extractor, settled.extractor))):
+        return {output: old, **others}
+    return others
+
+
+def make_plan(
+    listing: Listing,
+    settled: Settled,
+    sources: dict[Place, FeatureCache],
+    output: Place,
+    config: ExtractConfig,
+    progress: Progress,
+) -> Plan:
+    """The plan for a listing: what of it is there, in caches or in parts, and what is missing."""
+    parts, unreadable = list_parts(output, "rows", settled.key)
     for path in unreadable:
         progress.say(f"WARNING: {path} is damaged; its rows are computed again")
-    views = settle_views(config, old)
-    missing = _find_wanted(listing, views, sources, parts, distrust=config.rehash)
+    views = settle_views(config, settled.old)
+    there = list_digests(sources, views, distrust=config.rehash)
+    missing = find_missing(listing, views, DigestTable([*there, *(part.columns["digests"] for part in parts)]))
+    n_new = len(missing)
+    if parts:  # what an earlier try has made is counted too: the same runtime is to go on with it
+        n_new = count_missing(listing, views, DigestTable(there))
     return Plan(
         output=output,
-        decision=_decide(old, same, config.force, bool(missing)) if old or not output.exists() else "replace",
+        decision=_decide(settled, output, config.force, bool(missing)),
         listing=listing,
-        extractor=extractor,
-        backbone=backbone,
-        device=device,
-        old=old,
+        extractor=settled.extractor,
+        backbone=settled.backbone,
+        device=settled.device,
+        old=settled.old,
         sources=tuple(sources),
         parts=tuple(parts),
         views=views,
-        missing=missing,
+        missing=tuple(missing),
+        n_new=n_new,
     )
+
+
+def find_missing(listing: Listing, views: Views, table: DigestTable) -> list[Row]:
+    """The rows that are not there, each once, in the order of the listing; those of an image side by side."""
+    missing: dict[str, Row] = {}
+    for name, split in listing.splits.items():
+        for start, found in iterate_found(table, split.digests, views, views.count(name)):
+            for i, column in np.argwhere(found < 0).tolist():
+                image, number = split.digests[start + i], column - 1 if column else None
+                digest = views.name_row(image, number)
+                missing.setdefault(digest, Row(digest, image, number))
+    return list(missing.values())
+
+
+def count_missing(listing: Listing, views: Views, table: DigestTable) -> int:
+    """How many rows are not there; those of images that are in the listing twice count twice."""
+    return sum(
+        int((found < 0).sum())
+        for name, split in listing.splits.items()
+        for _, found in iterate_found(table, split.digests, views, views.count(name))
+    )
+
+
+def iterate_found(
+    table: DigestTable, digests: Sequence[str], views: Views, n: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Where the rows of some images and of n views of each are, (m, 1 + n), -1 where there is none, from which on."""
+    for start in range(0, len(digests), NAMED_IMAGES):
+        names = views.name_rows(digests[start : start + NAMED_IMAGES], n)
+        yield start, table.find(names.reshape(-1)).reshape(names.shape)
 
 
 def settle_views(config: ExtractConfig, old: FeatureCache | None) -> Views:
@@ -238,7 +375,7 @@ def settle_views(config: ExtractConfig, old: FeatureCache | None) -> Views:
     )
 
 
-def _check_name(old: FeatureCache, output: Path, config: ExtractConfig) -> None:
+def _check_name(old: FeatureCache, output: Place, config: ExtractConfig) -> None:
     """Raise a StaleCacheError if a cache is of another network by its name: before anything is downloaded for it."""
     made_with = old.extractor["backbone"]
     if is_imported(made_with):
@@ -294,7 +431,7 @@ def take_backbone(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Backbone
     return {**settings, "backbone": given.name, "weights": "given"}, given
 
 
-def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, Any]) -> None:
+def check_same_extractor(old: FeatureCache, output: Place, extractor: dict[str, Any]) -> None:
     """Raise a StaleCacheError if a cache was made by another extractor."""
     if old.key != hash_extractor(extractor):
         rounded = f", with --reuse {output} without computing," if can_serve(old.extractor, extractor) else ""
@@ -304,16 +441,10 @@ def check_same_extractor(old: FeatureCache, output: Path, extractor: dict[str, A
         )
 
 
-def _list_images(
-    data: Path | str,
-    output: Path,
-    old: FeatureCache | None,
-    config: ExtractConfig,
-    progress: Progress,
-    keep: bool,
-    clips: bool,
+def list_images(
+    data: Path | str, output: Place, settled: Settled, config: ExtractConfig, progress: Progress, *, keep: bool
 ) -> Listing:
-    """The data set, files read only where nothing is known of them."""
+    """The data set, files read only where nothing is known of them; with `keep`, what is found out is kept in parts."""
 
     def keep_stats(stats: Stats, digests: Digests) -> None:
         keep_files(parts_path(output), stats, digests)
@@ -323,71 +454,48 @@ def _list_images(
         val_fraction=config.val_fraction,
         seed=config.seed,
         progress=progress,
-        known=None if config.rehash else _find_known_files(output, old),
+        known=None if config.rehash else find_known_files(output, settled.old),
         keep=keep_stats if keep else None,
-        clips=clips,
+        clips=settled.clips,
     )
-    if clips:
+    if settled.clips:
         check_video_support(str(listing.root / path) for path in listing.paths())
     for line in summarise(listing):
         progress.say(line)
     return listing
 
 
-def _find_known_files(output: Path, old: FeatureCache | None) -> KnownFiles:
+def find_known_files(output: Place, old: FeatureCache | None) -> KnownFiles:
+    """What is known of files from the parts beside the output and from the cache that lies there."""
     known = [read_known_files(output)]
     splits = old.listing.splits.values() if old else ()
     known += [(split.stats, np.array(split.digests, dtype="S64")) for split in splits]
     return make_known_files(*known)
 
 
-def _find_wanted(
-    listing: Listing, views: Views, sources: dict[Path, FeatureCache], parts: Sequence[Part], *, distrust: bool
-) -> tuple[Row, ...]:
-    """The rows that are nowhere, each once; those of an image side by side."""
-    there, n_views = _find_there(sources, views, distrust=distrust)
-    there.update(*(np.char.decode(part.columns["digests"], "ascii").tolist() for part in parts))
-    wanted: dict[str, Row] = {}
-    for name, split in listing.splits.items():
-        n = views.count(name)
-        for image in split.digests:
-            if image not in there:
-                wanted.setdefault(image, Row(image, image, None))
-            for number in range(n_views.get(image, 0), n) if n else ():
-                digest = views.name_row(image, number)
-                if digest not in there:
-                    wanted.setdefault(digest, Row(digest, image, number))
-    return tuple(wanted.values())
+def list_digests(sources: Mapping[Place, FeatureCache], views: Views, *, distrust: bool) -> list[Digests]:
+    """By what digests the rows of caches are found: of images, and of the wanted views of each.
 
-
-def _find_there(sources: dict[Path, FeatureCache], views: Views, *, distrust: bool) -> tuple[set[str], dict[str, int]]:
-    """The images that caches have rows of, and how many of the wanted views of each."""
-    there: set[str] = set()
-    n_views: dict[str, int] = {}
+    With `distrust` every byte is read, and rows in damaged blocks have none.
+    """
+    found = []
     for path, cache in sources.items():
-        found = verify_cache(path) if distrust else None
+        check = verify_cache(path) if distrust else None
         alike = cache.views.is_like(views)
         for name, split in cache.splits.items():
-            there.update(_list_sound(name, split, found.damaged if found else ()))
-            n = cache.views.count(name) if alike else 0
-            for image in _list_sound(name, split, found.damaged_views if found else ()) if n else ():
-                n_views[image] = max(n, n_views.get(image, 0))
-    return there, n_views
+            names = cache.views.name_rows(split.listing.digests, cache.views.count(name) if alike else 0)
+            for where, start, stop in check.damaged if check else ():
+                names[start:stop, 0] = b"" if where == name else names[start:stop, 0]
+            for where, start, stop in check.damaged_views if check else ():
+                names[start:stop, 1:] = b"" if where == name else names[start:stop, 1:]
+            found.append(names.reshape(-1))
+    return found
 
 
-def _list_sound(name: str, split: FeatureSplit, damaged: Sequence[tuple[str, int, int]]) -> list[str]:
-    """The digests of a split's rows, "" where they lie in a damaged block."""
-    digests = list(split.listing.digests)
-    for where, start, stop in damaged:
-        if where == name:
-            digests[start:stop] = [""] * (stop - start)
-    return digests
-
-
-def _decide(old: FeatureCache | None, same: bool, force: bool, missing: bool) -> str:
-    if old is None:
-        return "create"
-    if not same:
+def _decide(settled: Settled, output: Place, force: bool, missing: bool) -> str:
+    if settled.old is None:
+        return "replace" if output.exists() else "create"
+    if not settled.same:
         return "replace" if force else "refuse"
     return "extend" if missing else "reuse"
 

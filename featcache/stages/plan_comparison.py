@@ -20,6 +20,7 @@ from featcache.stages.forecast import forecast_extraction
 from featcache.stages.forecast_training import forecast_training
 from featcache.stages.plan import Plan
 from featcache.stages.training_job import name_checkpoint
+from featcache.storage import Place, locate
 from featcache.training import Checkpoints
 from featcache.wording import format_seconds
 
@@ -46,7 +47,7 @@ class Source:
         For `extract_features`.
     """
 
-    path: Path
+    path: Place
     settings: dict[str, Any]
 
 
@@ -97,7 +98,7 @@ class Step:
     """
 
     what: str
-    place: Path
+    place: Place
     state: str
     seconds: float | None
     arm: str = ""
@@ -194,7 +195,7 @@ def adopt_existing(config: CompareConfig, progress: Progress) -> CompareConfig:
     names = ("backbone", "weights", "val_fraction", "seed", "store")
     finetune_run = Path(config.runs) / "finetune"
     found: Mapping[str, Any] = {}
-    if Path(config.features).is_file():
+    if locate(config.features).is_file():
         cache = open_cache(config.features)
         check_complete(cache, config.features)
         if is_imported(cache.extractor["backbone"]) and not config.force:
@@ -245,7 +246,7 @@ def list_arms_of(backbone: str | None, config: CompareConfig, several: bool) -> 
 
 def make_source(backbone: str | None, config: CompareConfig, several: bool) -> Source:
     """The plain features of a backbone."""
-    path = Path(config.features)
+    path = locate(config.features)
     if several and backbone:
         path = name_cache(path, backbone, config.weights)
     stated = config.stated("weights", "val_fraction", "seed", "store", "workers")
@@ -270,7 +271,7 @@ def add_views(plain: Source, config: CompareConfig) -> Source:
     return Source(path=path, settings=settings)
 
 
-def list_optional(path: Path, backbone: str | None) -> dict[str, Any]:
+def list_optional(path: Place, backbone: str | None) -> dict[str, Any]:
     """Layers and image format of the cache that lies there, if it is of this backbone."""
     if not path.is_file():
         return {}
@@ -308,8 +309,8 @@ def plan_comparison(
 def make_plan(data: Path | str, output: Path, config: CompareConfig, progress: Progress) -> ComparisonPlan:
     """The plan for settings that are settled."""
     arms, steps = list_arms(config), []
-    looked: dict[Path, Plan] = {}
-    described: dict[Path, dict[str, Any]] = {}
+    looked: dict[Place, Plan] = {}
+    described: dict[Place, dict[str, Any]] = {}
     for arm in arms:
         if arm.source.path not in looked:
             plan, forecast = forecast_extraction(data, arm.source.path, progress=progress, **arm.source.settings)
@@ -531,13 +532,13 @@ def is_curve_wanted(config: CompareConfig, seconds: float) -> bool:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def name_cache(features: Path | str, backbone: str, weights: str | None = None) -> Path:
+def name_cache(features: Place | str, backbone: str, weights: str | None = None) -> Place:
     """The cache of a backbone: features-resnet18.h5 for features.h5 and resnet18; weights not its own are named.
 
     >>> name_cache("features.h5", "resnet18").name, name_cache("features.h5", "resnet18", "none").name
     ('features-resnet18.h5', 'features-resnet18-none.h5')
     """
-    path, name = Path(features), make_slug(backbone)
+    path, name = locate(features), make_slug(backbone)
     if weights not in (None, "default"):
         name = f"{name}-{make_slug(str(weights))}"
     return path.with_name(f"{path.stem}-{name}{path.suffix or '.h5'}")

@@ -11,7 +11,9 @@ import numpy as np
 from featcache.backbones import Backbone
 from featcache.bundle import load_classifier
 from featcache.config import MAX_VIEWS
-from featcache.dataset import list_clips, list_images
+from featcache.dataset import is_image_name, is_url, list_clips, list_images
+from featcache.dataset.remote import Anywhere, list_remote_images
+from featcache.dataset.roots import check_url, strip_local
 from featcache.errors import BadImage, BadImagesError, DatasetError, SettingsError
 from featcache.progress import SILENT, Progress
 from featcache.runs import read_record
@@ -45,7 +47,7 @@ def predict(
     run
         A run folder that `train_head` or `finetune` made.
     images
-        Files, or folders, whose images are taken.
+        Files, or folders, whose images are taken; local ones, or URLs.
     backbone
         The one that the run was made with, if it was given in Python (`wrap_network`).
     device, batch_size, workers
@@ -92,6 +94,7 @@ def predict(
     paths = expand_paths(images, clips=classifier.preprocessing.frames > 0)
     probabilities, bad = classifier.predict_files(
         paths,
+        root=Anywhere() if any(map(is_url, paths)) else Path(),
         device=select_device(device, classifier.network),
         batch_size=batch_size,
         workers=workers,
@@ -108,9 +111,26 @@ def predict(
     return predictions, bad
 
 
+def locate(image: Path | str) -> Path | str:
+    """A path of this machine, or a URL.
+
+    Raises
+    ------
+    DatasetError
+        If it is a URL with a password.
+    """
+    text = strip_local(image) if isinstance(image, str) else image
+    if isinstance(text, str) and is_url(text):
+        check_url(text)
+        return text
+    return Path(text)
+
+
 def check_present(images: Sequence[Path | str]) -> None:
-    """Raise a DatasetError if a path does not exist, or is a folder without anything to predict."""
-    for image in map(Path, images):
+    """Raise a DatasetError if a local path does not exist, or is a folder without anything to predict."""
+    for image in map(locate, images):
+        if isinstance(image, str):
+            continue
         if not image.exists():
             raise DatasetError(f"no image at {image}: expected a file, or a folder of images")
         if image.is_dir() and not list_images(image) and not list_clips(image):
@@ -126,9 +146,15 @@ def expand_paths(images: Sequence[Path | str], *, clips: bool = False) -> list[s
         If a folder holds none.
     """
     paths: list[str] = []
-    for image in map(Path, images):
+    for image in map(locate, images):
         inside = [str(image)]
-        if image.is_dir():
+        if isinstance(image, str):
+            if clips:
+                raise DatasetError(
+                    f"{image} is a URL: expected a local file of a clip, which decoders read from the disk"
+                )
+            inside = inside if is_image_name(image.rpartition("/")[2]) else list_remote_images(image)
+        elif image.is_dir():
             inside = list_clips(image) if clips else list_images(image)
         if not inside:
             raise DatasetError(f"{image} holds no {'clip' if clips else 'image'}, which this classifier is for")

@@ -23,7 +23,7 @@ CALIBRATION_IMAGES = 32
 
 
 def provide_settled(
-    config: ExtractConfig, given: Backbone | None, old: FeatureCache | None, progress: Progress
+    config: ExtractConfig, given: Backbone | None, like: Mapping[str, Any] | None, progress: Progress
 ) -> tuple[Backbone, torch.device]:
     """The backbone of an extraction, as it is to compute, and where.
 
@@ -33,22 +33,22 @@ def provide_settled(
         What is wanted.
     given
         The backbone, where it is not to be made from its name.
-    old
-        The cache that lies there.
+    like
+        The extractor whose decoder and precision count where none are stated, see `find_example`.
     progress
         Told of downloads.
     """
     select_device(config.device)  # before anything is downloaded
     backbone = given or provide_backbone(config, progress)
     device = select_device(config.device, backbone.network)
-    return settle_execution(backbone, config, device, find_example(old, config)), device
+    return settle_execution(backbone, config, device, like), device
 
 
 def equip(plan: Plan, config: ExtractConfig, progress: Progress) -> Plan:
     """The plan with its network, where that was left out."""
     if plan.backbone:
         return plan
-    backbone, device = provide_settled(config, None, plan.old, progress)
+    backbone, device = provide_settled(config, None, find_example(plan.old, config), progress)
     extractor = backbone.describe(config.store)
     if plan.old:
         check_same_extractor(plan.old, plan.output, extractor)

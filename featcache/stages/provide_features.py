@@ -6,18 +6,15 @@ Knows no folder of classes: each row is found by the digest of its image.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featcache import files
 from featcache.backbones import Backbone
 from featcache.cache import (
     STORED_TYPES,
@@ -42,12 +39,14 @@ from featcache.cache import (
 )
 from featcache.config import ExtractConfig
 from featcache.dataset import Digests, KnownFiles
+from featcache.dataset.texts import TextColumn
 from featcache.errors import BadImage, BadImagesError, CacheError
 from featcache.images import make_pixel_transform
 from featcache.pictures import Hashed, Picture, PictureRows, hash_pictures, name_picture
 from featcache.progress import Progress
 from featcache.runtime import run_network
 from featcache.stages.compute import find_unusable
+from featcache.storage import Place, check_writable, is_there
 
 TURN = threading.RLock()  # one thread computes at a time: it uses all cores, and the next one finds its rows
 
@@ -72,7 +71,7 @@ class Task:
     backbone: Backbone
     device: torch.device
     config: ExtractConfig
-    output: Path | None
+    output: Place | None
     progress: Progress
 
     @property
@@ -100,7 +99,7 @@ def provide_features(task: Task) -> NDArray[np.float32]:
     """
     if task.output is not None:
         if not task.output.parent.is_dir():
-            files.check_writable(task.output)
+            check_writable(task.output)
         check_parts(task.output)
     hashed = hash_pictures(task.pictures, _find_known_files(task.output), task.progress)
     digests = np.array(hashed.digests, dtype="S64")
@@ -116,9 +115,9 @@ def provide_features(task: Task) -> NDArray[np.float32]:
         return _compute_and_keep(task, task.output, hashed, digests)
 
 
-def _compute_and_keep(task: Task, output: Path, hashed: Hashed, digests: Digests) -> NDArray[np.float32]:
+def _compute_and_keep(task: Task, output: Place, hashed: Hashed, digests: Digests) -> NDArray[np.float32]:
     """Features (N, D), what is missing computed and kept in parts, by one process at a time."""
-    files.check_writable(output)
+    check_writable(output)
     with hold_output(output, wait=True, progress=task.progress):
         remove_temporary(output)
         if len(hashed.stats):
@@ -135,7 +134,7 @@ def _compute_and_keep(task: Task, output: Path, hashed: Hashed, digests: Digests
 
 
 @contextlib.contextmanager
-def open_rows(task: Task, output: Path) -> Iterator[RowTable]:
+def open_rows(task: Task, output: Place) -> Iterator[RowTable]:
     """The rows that are kept for a task's extractor: of the cache file if it has such, and of the parts beside it.
 
     Raises
@@ -144,7 +143,7 @@ def open_rows(task: Task, output: Path) -> Iterator[RowTable]:
         If something else is in the place of the cache file.
     """
     caches = []
-    if os.path.lexists(output):
+    if is_there(output):
         cache = open_cache(output)
         check_complete(cache, output)
         caches = [output] if can_serve(cache.extractor, task.extractor) else []
@@ -155,7 +154,7 @@ def open_rows(task: Task, output: Path) -> Iterator[RowTable]:
         yield task.make_table([*sources, *map(PartSource, parts)])
 
 
-def _find_known_files(output: Path | None) -> KnownFiles | None:
+def _find_known_files(output: Place | None) -> KnownFiles | None:
     """What is known of image files from a cache and the parts beside it."""
     if output is None:
         return None
@@ -193,10 +192,14 @@ class MemoryWriter:
     ----------
     digests
         (n,) S64.
+    window
+        Rows that are best read together.
     """
 
+    window = 1 << 20
+
     def __init__(self, dtype: str) -> None:
-        self.digests: Digests = np.empty(0, "S64")
+        self.digests: Digests | TextColumn = np.empty(0, "S64")
         self._dtype = dtype
         self._added: list[Digests] = []
         self._features: list[NDArray[Any]] = []

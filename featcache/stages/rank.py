@@ -13,7 +13,7 @@ from featcache import files
 from featcache.backbones.catalogue import find_cost
 from featcache.cache import FeatureCache, check_complete, open_cache
 from featcache.config import RUNS_DIR, CompareConfig, HeadConfig, is_imported, name_option
-from featcache.dataset import describe_data
+from featcache.dataset import describe_data, reopen_root
 from featcache.errors import BackboneError, BadImage, MissingExtraError, RunError, SettingsError
 from featcache.pages import ArmView, ComparisonPage, render_comparison
 from featcache.plots import draw_ranking, save_figure
@@ -33,6 +33,7 @@ from featcache.stages.plan_comparison import make_slug, name_cache
 from featcache.stages.run_arms import Group
 from featcache.stages.train_head import train_head
 from featcache.stages.write_comparison import MARKDOWN, NUMBERS, PAGE, find_remarks
+from featcache.storage import Place, locate, locate_local
 
 FIGURE = ("accuracy and cost", "ranking.png")
 SHOWN = 4  # of the first arms: their confusions, reliability and images
@@ -106,7 +107,7 @@ def rank_backbones(
     FeatcacheError
         Whatever is wrong with the data or the output; with a backbone only if not one can be used.
     """
-    config, output = CompareConfig(**settings), Path(output)
+    config, output = CompareConfig(**settings), locate_local(output, "a report")
     if stated := [name for name in FINETUNING if getattr(config, name) is not None]:
         option = name_option(stated[0])
         raise SettingsError(f"{option} is of fine-tuning, and several backbones are compared by their heads alone")
@@ -143,7 +144,7 @@ def rank_backbones(
 
 
 def rank_caches(
-    caches: Sequence[Path | str],
+    caches: Sequence[Place | str],
     output: Path | str = f"{RUNS_DIR}/compare",
     *,
     runs: Path | str = RUNS_DIR,
@@ -174,12 +175,13 @@ def rank_caches(
     CacheError, DatasetError, RunError, OutputError
         If a file is no cache, has no use for a head, or the caches are not of the same images.
     """
-    command = say_ranking_command(caches, Path(output), Path(runs), HeadConfig(**settings))
-    return rank_files(caches, Path(output), Path(runs), progress, settings, {}, command)
+    output, runs = locate_local(output, "a report"), locate_local(runs, "a run")
+    command = say_ranking_command(caches, output, runs, HeadConfig(**settings))
+    return rank_files(caches, output, runs, progress, settings, {}, command)
 
 
 def rank_files(
-    caches: Sequence[Path | str],
+    caches: Sequence[Place | str],
     output: Path,
     runs: Path,
     progress: Progress,
@@ -190,7 +192,7 @@ def rank_files(
     """`rank_caches`, and the backbones that have none because they failed; `command` makes it again."""
     HeadConfig(**settings)
     check_replaceable(output)
-    opened = {Path(path): open_cache(path) for path in caches}
+    opened = {locate(path): open_cache(path) for path in caches}
     for path, cache in opened.items():
         check_complete(cache, path)
     check_same_training(opened)
@@ -207,7 +209,7 @@ def rank_files(
     return write_ranking(output, [arms[i] for i in order], [described[i] for i in order], failed, command)
 
 
-def check_same_training(caches: Mapping[Path, FeatureCache]) -> None:
+def check_same_training(caches: Mapping[Place, FeatureCache]) -> None:
     """Raise a RunError if heads on these caches would not learn from the same images."""
     prints = {path: describe_data(cache.listing)["fingerprints"]["train"] for path, cache in caches.items()}
     first = next(iter(prints))
@@ -237,7 +239,7 @@ def write_ranking(
         arms=[ArmView(name=arm.name, predictions=arm.runs[0].predictions[split], histories=[]) for arm in arms[:SHOWN]],
         curve=None,
         feature_maps=[],
-        root=Path(summary["data"]["folder"]),
+        root=reopen_root(summary["data"]["folder"]),
     )
     with files.fill_files(output) as folder:
         save_figure(draw_ranking(summary["arms"]), folder / FIGURE[1])
@@ -254,7 +256,7 @@ def write_ranking(
     )
 
 
-def say_ranking_command(caches: Sequence[Path | str], output: Path, runs: Path, head: HeadConfig) -> str:
+def say_ranking_command(caches: Sequence[Place | str], output: Path, runs: Path, head: HeadConfig) -> str:
     """The command line that ranks these caches again; settings that it has no option for are left to Python."""
     words = ["featcache", "compare", *(str(path) for path in caches)]
     for name, option in (("solver", "--solver"), ("C", "-C"), ("seed", "--seed")):
@@ -280,10 +282,10 @@ def describe_features_of(arm: Arm, cache: FeatureCache, split: str) -> dict[str,
     }
 
 
-def name_features(caches: Sequence[FeatureCache], paths: Sequence[Path]) -> list[str]:
+def name_features(caches: Sequence[FeatureCache], paths: Sequence[Place]) -> list[str]:
     """What to call each: its backbone, with layers or the file's name where that is not enough to tell all apart."""
     by_file = any(is_imported(cache.extractor["backbone"]) for cache in caches)  # which say little of themselves
-    spells: tuple[Callable[[FeatureCache, Path], str], ...] = (
+    spells: tuple[Callable[[FeatureCache, Place], str], ...] = (
         lambda cache, _: say_backbone(cache),
         lambda cache, path: path.stem if by_file else f"{say_backbone(cache)}, {cache.extractor['layer']}",
         lambda cache, path: f"{say_backbone(cache)} ({path.name})",
@@ -302,12 +304,12 @@ def say_backbone(cache: FeatureCache) -> str:
     return f"{cache.extractor['backbone']}{' (random)' if random else ''}"
 
 
-def name_run(runs: Path | str, cache: Path) -> Path:
+def name_run(runs: Path | str, cache: Place) -> Path:
     """The run of the head on a cache's features."""
     return Path(runs) / f"head-{make_slug(cache.stem.removeprefix('features-'))}"
 
 
-def name_runs(runs: Path | str, caches: Sequence[Path]) -> list[Path]:
+def name_runs(runs: Path | str, caches: Sequence[Place]) -> list[Path]:
     """The runs of the heads on some caches' features, by the whole path where files have one name in several folders.
 
     >>> [path.name for path in name_runs("runs", [Path("a.h5"), Path("x/b.h5"), Path("y/b.h5")])]

@@ -36,6 +36,7 @@ from featcache.stages.plan_comparison import (
     say_time,
 )
 from featcache.stages.train_head import train_head
+from featcache.storage import Place
 
 LEAST_SHARE = 0.5  # of the time that there is now: a run that was cut short before with less is made anew
 
@@ -87,10 +88,10 @@ def check_budget(plan: ComparisonPlan, clock: Clock) -> None:
         )
 
 
-def extract_all(data: Path | str, plan: ComparisonPlan, progress: Progress) -> dict[Path, Extraction]:
+def extract_all(data: Path | str, plan: ComparisonPlan, progress: Progress) -> dict[Place, Extraction]:
     """The features that the arms learn from, by their file; views are added to rows that are there."""
-    extractions: dict[Path, Extraction] = {}
-    sources: dict[Path, Source] = {arm.source.path: arm.source for arm in plan.arms}
+    extractions: dict[Place, Extraction] = {}
+    sources: dict[Place, Source] = {arm.source.path: arm.source for arm in plan.arms}
     for path, source in sorted(sources.items(), key=lambda item: "views" in item[1].settings):
         settings = dict(source.settings)
         if "views" in settings and extractions:
@@ -130,13 +131,13 @@ class ArmRunner:
 
     data: Path | str
     plan: ComparisonPlan
-    extractions: Mapping[Path, Extraction]
+    extractions: Mapping[Place, Extraction]
     config: CompareConfig
     clock: Clock
     progress: Progress
 
     @cached_property
-    def described(self) -> dict[Path, dict[str, Any]]:
+    def described(self) -> dict[Place, dict[str, Any]]:
         """The images of every source, as records have them."""
         return {path: describe_data(extraction.cache.listing) for path, extraction in self.extractions.items()}
 

@@ -5,10 +5,10 @@ Each is a grid of pictures, a PNG file or a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,18 @@ from featcache.backbones import describe_preprocessing
 from featcache.cache import FeatureCache, open_cache
 from featcache.cache.reading import format_command
 from featcache.config import ExtractConfig, FinetuneConfig, ShowConfig, name_option
-from featcache.dataset import Split, hash_clip, is_clip_name, is_image_name, list_dataset
+from featcache.dataset import (
+    Root,
+    Source,
+    Split,
+    hash_clip,
+    is_clip_name,
+    is_image_name,
+    list_dataset,
+    name_root,
+    names_source,
+    open_root,
+)
 from featcache.errors import (
     BadImage,
     BadImagesError,
@@ -37,8 +48,10 @@ from featcache.images import Batch, ImageMemory, ImageRows, Transform, ViewRows,
 from featcache.plots import Pictures, check_window, draw_grid, open_window, save_figure
 from featcache.preprocessing import Preprocessing
 from featcache.runs import Predictions, RunRecord, is_run, name_predictions, read_predictions, read_record
+from featcache.storage import Place, RemotePath, locate, locate_local
 from featcache.views import Views, draw_view
 
+Target: TypeAlias = Root | RemotePath  # of images, a run or a cache; a cache in a store
 # For a look at images whose features are imported: how their network wants them is not known.
 PLAIN = Preprocessing(resize=224, crop=224, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 MEMORY = 1 << 30  # bytes of one decoded image, of which many views are made
@@ -80,7 +93,7 @@ class Look:
 
 
 def show(
-    target: Path | str,
+    target: Place | str,
     output: Path | str | None = None,
     *,
     image: Path | str | None = None,
@@ -141,22 +154,23 @@ def show(
         data=None if data is None else str(data),
         window=window,
     )
-    target = Path(target)
-    if not target.exists():
-        raise InputError(f"{target} does not exist: expected a folder of images, an image, a cache or a run")
-    if (target / "compare.json").is_file():
-        raise InputError(f"{target} is a comparison: open {target / 'report.html'}")
-    kind = find_kind(target, config)
-    check_use(target, kind, config)
-    path = choose_output(target, kind, output, config)
+    place = find_target(target)
+    kind = find_kind(place, config)
+    check_use(place, kind, config)
+    path = choose_output(place, kind, output, config)
     if config.window:
         check_window()
     if path is not None:
         files.check_writable(path)
-    draw = {FOLDER: look_at_batch, IMAGE: look_at_views, CACHE: look_at_cache, CACHED_IMAGE: look_at_cached_views,
-            RUN: look_at_predictions}[kind]  # fmt: skip
+    draws: dict[str, Callable[[Any, ShowConfig], Look]] = {
+        FOLDER: look_at_batch,
+        IMAGE: look_at_views,
+        CACHE: look_at_cache,
+        CACHED_IMAGE: look_at_cached_views,
+        RUN: look_at_predictions,
+    }
     with seeded(config.seed):  # a network that is only asked for its preprocessing draws random weights
-        look = draw(target, config)
+        look = draws[kind](place, config)
     figure = draw_grid(look.pictures, look.titles, right=look.right, captions=look.captions, heading=look.heading)
     if path is not None:
         save_figure(figure, path)
@@ -165,9 +179,29 @@ def show(
     return path
 
 
-def find_kind(target: Path, config: ShowConfig) -> str:
+def find_target(target: Place | str) -> Target:
+    """What a target names, if it is there.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if names_source(str(target)):
+        return open_root(str(target))
+    target = locate(target)
+    if not target.exists():
+        raise InputError(f"{target} does not exist: expected a folder of images, an image, a cache or a run")
+    if isinstance(target, Path) and (target / "compare.json").is_file():
+        raise InputError(f"{target} is a comparison: open {target / 'report.html'}")
+    return target
+
+
+def find_kind(target: Target, config: ShowConfig) -> str:
     """What there is to see at a target; a folder of images where nothing else is."""
-    if is_run(target):
+    if isinstance(target, Source):
+        return IMAGE if config.image is not None else FOLDER
+    if isinstance(target, Path) and is_run(target):
         return RUN
     if target.is_file() and (is_image_name(target.name) or is_clip_name(target.name)):
         return IMAGE
@@ -176,12 +210,12 @@ def find_kind(target: Path, config: ShowConfig) -> str:
     return IMAGE if config.image is not None else FOLDER
 
 
-def check_use(target: Path, kind: str, config: ShowConfig) -> None:
+def check_use(target: Target, kind: str, config: ShowConfig) -> None:
     """Raise a SettingsError if an option is stated that would do nothing."""
     every = {name: None for names in USED.values() for name in names}
     for name in every:
         value, used = getattr(config, name), USED[kind]
-        twice = name == "image" and target.is_file() and kind == IMAGE
+        twice = name == "image" and isinstance(target, Path) and target.is_file() and kind == IMAGE
         if value not in (None, False) and (name not in used or twice):
             options = ", ".join(name_option(one) for one in used if one != "image")
             raise SettingsError(
@@ -189,21 +223,21 @@ def check_use(target: Path, kind: str, config: ShowConfig) -> None:
             )
 
 
-def choose_output(target: Path, kind: str, output: Path | str | None, config: ShowConfig) -> Path | None:
+def choose_output(target: Target, kind: str, output: Path | str | None, config: ShowConfig) -> Path | None:
     """Where the PNG file goes; None is nowhere."""
     if output is not None:
-        return Path(output)
+        return locate_local(output, "a picture")
     if config.window:
         return None
-    if kind == RUN:
+    if kind == RUN and isinstance(target, Path):
         return target / ("predictions_test.png" if config.split == "test" else "predictions.png")
     return Path({FOLDER: "batch.png", CACHE: "images.png"}.get(kind, "views.png"))
 
 
-def look_at_batch(data: Path, config: ShowConfig) -> Look:
+def look_at_batch(data: Root, config: ShowConfig) -> Look:
     """A random training batch with its labels, augmented and mixed as for fine-tuning."""
     preprocessing = describe_preprocessing(config.backbone or ExtractConfig.backbone)
-    listing = list_dataset(data, clips=preprocessing.frames > 0)
+    listing = list_dataset(str(data), clips=preprocessing.frames > 0)
     train, augment = listing.splits["train"], config.augment or FinetuneConfig.augment
     if preprocessing.frames and (config.mixup or config.cutmix):
         raise SettingsError("--mixup and --cutmix are for images: clips are not mixed")
@@ -222,7 +256,7 @@ def look_at_batch(data: Path, config: ShowConfig) -> Look:
         titles=[listing.classes[train.labels[i]] for i in chosen]
         if shares is None
         else [name_mix(row, listing.classes) for row in shares],
-        heading=f"{listing.root.resolve().name}: a training batch, {words}{mixed}",
+        heading=f"{PurePosixPath(name_root(listing.root)).name}: a training batch, {words}{mixed}",
     )
 
 
@@ -236,7 +270,7 @@ def name_mix(shares: Tensor, classes: Sequence[str]) -> str:
     return "\n".join(f"{float(shares[label]):.2f} {classes[label]}" for label in order)
 
 
-def look_at_views(target: Path, config: ShowConfig) -> Look:
+def look_at_views(target: Root, config: ShowConfig) -> Look:
     """An image in evaluation, and beside it augmented views, as fine-tuning makes them."""
     root, path = find_image(target, config.image)
     name = config.backbone or ExtractConfig.backbone
@@ -257,7 +291,7 @@ def look_at_views(target: Path, config: ShowConfig) -> Look:
     )
 
 
-def find_image(target: Path, image: str | None) -> tuple[Path, str]:
+def find_image(target: Root, image: str | None) -> tuple[Root, str]:
     """Folder and name of the one image that is asked for: the target itself, one of its files, or any other.
 
     Raises
@@ -265,6 +299,8 @@ def find_image(target: Path, image: str | None) -> tuple[Path, str]:
     DatasetError
         If there is none.
     """
+    if isinstance(target, Source):
+        return target, image or ""
     if image is None:
         return target.parent, target.name
     for root in (target, Path()):
@@ -273,7 +309,7 @@ def find_image(target: Path, image: str | None) -> tuple[Path, str]:
     raise DatasetError(f"no image {image}: expected a path relative to {target}, or a path of its own")
 
 
-def look_at_cache(target: Path, config: ShowConfig) -> Look:
+def look_at_cache(target: Place, config: ShowConfig) -> Look:
     """Images of a cache with their labels, as the backbone saw them."""
     cache, name = open_cache(target), config.split or "train"
     if name not in cache.splits:
@@ -294,7 +330,7 @@ def look_at_cache(target: Path, config: ShowConfig) -> Look:
     )
 
 
-def look_at_cached_views(target: Path, config: ShowConfig) -> Look:
+def look_at_cached_views(target: Place, config: ShowConfig) -> Look:
     """An image of a cache, and the very views of it whose features the cache holds."""
     cache, image = open_cache(target), config.image or ""
     root, path = find_image(find_root(config.data, cache.provenance["data"], target), image)
@@ -318,7 +354,7 @@ def look_at_cached_views(target: Path, config: ShowConfig) -> Look:
     )
 
 
-def say_without_views(target: Path, cache: FeatureCache, split: str) -> str:
+def say_without_views(target: Place, cache: FeatureCache, split: str) -> str:
     """Why a cache shows no views, and what to do."""
     if cache.extractor["preprocessing"] is None:
         return f"{target} holds no views: its features are imported; `featcache show IMAGE` draws views of a file"
@@ -338,7 +374,7 @@ def name_view(rows: ViewRows, digest: str, number: int | None, seed: int) -> str
     return f"view {number}: {share:.0%} of it{', mirrored' if piece.mirrored else ''}"
 
 
-def find_split(cache: FeatureCache, digest: str, target: Path, image: str) -> str:
+def find_split(cache: FeatureCache, digest: str, target: Place, image: str) -> str:
     """The split whose images have one with these contents.
 
     Raises
@@ -445,21 +481,24 @@ def select_class(labels: NDArray[np.int64], classes: Sequence[str], name: str | 
     return np.flatnonzero(labels == list(classes).index(name))
 
 
-def find_root(stated: str | None, recorded: str, target: Path) -> Path:
-    """The folder that the paths of a run or a cache are relative to.
+def find_root(stated: str | None, recorded: str, target: Place) -> Root:
+    """What the paths of a run or a cache are relative to.
 
     Raises
     ------
     DatasetError, RunError
         If it is not there.
     """
-    root = Path(recorded if stated is None else stated)
+    text = recorded if stated is None else stated
+    if names_source(text):
+        return open_root(text)
+    root = Path(text)
     if not root.is_dir():
         raise of_kind(target)(f"the images of {target} are no longer at {root}; say where they are with --data DIR")
     return root
 
 
-def find_preprocessing(extractor: dict[str, Any], root: Path, path: str, target: Path) -> Preprocessing:
+def find_preprocessing(extractor: dict[str, Any], root: Root, path: str, target: Place) -> Preprocessing:
     """How the images of an extractor's features were seen; of imported ones a plain look, if there are images at all.
 
     Raises
@@ -470,19 +509,19 @@ def find_preprocessing(extractor: dict[str, Any], root: Path, path: str, target:
     look = extractor["preprocessing"]
     if look is not None:
         return Preprocessing.from_json(look)
-    if not (root / path).is_file():
+    if isinstance(root, Path) and not (root / path).is_file():
         raise of_kind(target)(
             f"the images of {target} are not at {root}: its features are imported; import them with --paths and --data"
         )
     return PLAIN
 
 
-def of_kind(target: Path) -> type[FeatcacheError]:
+def of_kind(target: Place) -> type[FeatcacheError]:
     """What an error of a run or a cache is."""
-    return RunError if is_run(target) else CacheError
+    return RunError if isinstance(target, Path) and is_run(target) else CacheError
 
 
-def check_unchanged(target: Path, cache: FeatureCache, root: Path, listing: Split, chosen: NDArray[np.int64]) -> None:
+def check_unchanged(target: Place, cache: FeatureCache, root: Root, listing: Split, chosen: NDArray[np.int64]) -> None:
     """Raise a CacheError if an image is not the one whose features a cache holds."""
     for i in chosen:
         if hash_image(root, listing.paths[i]) != listing.digests[i]:
@@ -492,7 +531,7 @@ def check_unchanged(target: Path, cache: FeatureCache, root: Path, listing: Spli
             )
 
 
-def hash_image(root: Path, path: str) -> str:
+def hash_image(root: Root, path: str) -> str:
     """Digest of an image's bytes, or of a clip.
 
     Raises

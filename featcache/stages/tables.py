@@ -13,14 +13,9 @@ ever executed: no pickle is loaded. Knows nothing of classes, images and caches.
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import struct
 import tempfile
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,8 +26,8 @@ from numpy.typing import NDArray
 
 from featcache.config import ImportConfig
 from featcache.errors import DatasetError, OutputError
-from featcache.extras import import_extra
 from featcache.progress import Progress
+from featcache.tabular import check_names, explain_errors, iterate_lines, list_columns, open_parquet, read_lines
 
 EXTENSIONS = (".npy", ".npz", ".csv", ".tsv", ".parquet")
 LIST_EXTENSIONS = (".npy", ".csv", ".txt")
@@ -41,11 +36,6 @@ COLUMN_NAMES = {"labels": ("label",), "paths": ("path",), "split": ("split",)}
 ARRAY_NAMES = {"labels": ("labels", "y"), "paths": ("paths",), "split": ("split",)}
 FEATURE_ARRAYS = ("features", "X")
 READ_ROWS = 4096  # of a text or Parquet table at a time
-# What numpy and the containers below it raise for files that are not what they seem.
-UNREADABLE = (
-    *(ValueError, TypeError, LookupError, AttributeError, SyntaxError, OverflowError, RuntimeError, MemoryError),
-    *(EOFError, OSError, tokenize.TokenError, struct.error, zipfile.BadZipFile, zlib.error),
-)
 
 NameOf = Callable[[int], str]
 
@@ -221,34 +211,17 @@ def choose_columns(
             if name is not None and Path(name).is_file():
                 progress.say(f"--{role} {name} is taken as the column of {path}, not as the file {name}")
         elif name is not None and not Path(name).is_file():
-            raise DatasetError(f"--{role} {name} is no column of {path} and no file; {_list_columns(there)}")
+            raise DatasetError(f"--{role} {name} is no column of {path} and no file; {list_columns(there)}")
     if "labels" not in chosen and config.labels is None:
         if not there:
             raise DatasetError(f"{path} has features and no labels: name a file that has them with --labels")
         raise DatasetError(
             f"{path} has no labels: expected a column {' or '.join(usual['labels'])}, or --labels with a column's name "
-            f"or a file; {_list_columns(there)}"
+            f"or a file; {list_columns(there)}"
         )
     if len(set(chosen.values())) < len(chosen):
         raise DatasetError(f"one column of {path} is named for two things: {chosen}; name a column for each")
     return chosen
-
-
-def _list_columns(there: Sequence[str], at_most: int = 8) -> str:
-    shown = ", ".join(map(str, there[:at_most])) + (f" and {len(there) - at_most} more" if len(there) > at_most else "")
-    return f"its columns are {shown}" if there else "it has no columns"
-
-
-def _check_names(names: Sequence[str], path: Path) -> None:
-    """Raise a DatasetError if columns have no name, share one, or are an index that pandas wrote."""
-    for i, name in enumerate(names, 1):
-        if not name.strip() or name.startswith("__index_level_"):
-            raise DatasetError(
-                f"column {i} of {path} has no name: expected one for each; (pandas writes its index without "
-                f"index=False)"
-            )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DatasetError(f"{path} has more than one column {', '.join(twice)}: expected different names")
 
 
 def _list_numeric(names: Sequence[str], chosen: Mapping[str, str], path: Path, progress: Progress) -> list[int]:
@@ -260,7 +233,7 @@ def _list_numeric(names: Sequence[str], chosen: Mapping[str, str], path: Path, p
     beside = {*chosen.values(), *left_out}
     numeric = [i for i, name in enumerate(names) if name not in beside]
     if not numeric:
-        raise DatasetError(f"{path} has no features: expected columns of numbers; {_list_columns(names)}")
+        raise DatasetError(f"{path} has no features: expected columns of numbers; {list_columns(names)}")
     return numeric
 
 
@@ -299,7 +272,7 @@ def _choose_array(config: ImportConfig, there: Sequence[str], usual: Sequence[st
     found = [name for name in wanted if name in there]
     if not found:
         raise DatasetError(
-            f"{path} has no array {' or '.join(wanted)} for the features: name it with --array; {_list_columns(there)}"
+            f"{path} has no array {' or '.join(wanted)} for the features: name it with --array; {list_columns(there)}"
         )
     return found[0]
 
@@ -334,11 +307,7 @@ def _make_array_table(
 def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool) -> Table:
     """A .csv or .tsv file, read once."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        names = next(reader, [])
-        if not names:
-            raise DatasetError(f"{path} is empty: expected a first line with the names of the columns")
-        _check_header(names, path)
+        names, lines = read_lines(file, path)
         chosen = choose_columns(config, names, COLUMN_NAMES, path, progress)
         numeric = _list_numeric(names, chosen, path, progress)
         numbers: list[int] = []
@@ -346,7 +315,6 @@ def read_csv(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[
         def name_column(j: int) -> str:
             return f"column {names[numeric[j]]}"
 
-        lines = _iterate_lines(reader, len(names), path)
         columns: dict[str, list[Any]] = {role: [] for role in chosen}
         at = {role: names.index(name) for role, name in chosen.items()}
         while block := list(islice(lines, READ_ROWS)):
@@ -377,29 +345,6 @@ def _name_rows(start: int) -> NameOf:
     return lambda i: f"row {start + i}"
 
 
-def _check_header(names: Sequence[str], path: Path) -> None:
-    with contextlib.suppress(ValueError):
-        _ = [float(name) for name in names]
-        raise DatasetError(f"the first line of {path} holds numbers: expected the names of the columns; add them")
-    _check_names(names, path)
-
-
-def _iterate_lines(reader: Any, n_fields: int, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each row; empty lines are the end of the file."""
-    empty = 0
-    for fields in reader:
-        if not fields:
-            empty = empty or reader.line_num
-            continue
-        if empty:
-            raise DatasetError(f"{path}, line {empty} is empty, and rows follow: fill it or take it out")
-        if len(fields) != n_fields:
-            raise DatasetError(
-                f"{path}, line {reader.line_num} has {len(fields)} fields: expected {n_fields}, as in the first line"
-            )
-        yield reader.line_num, fields
-
-
 def _parse_numbers(
     block: Sequence[tuple[int, list[str]]], numeric: Sequence[int], names: Sequence[str], path: Path
 ) -> NDArray[np.float64]:
@@ -426,20 +371,15 @@ def _is_number(text: str) -> bool:
 
 def read_parquet(path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool) -> Table:
     """A .parquet file, read once."""
-    pyarrow = import_extra("pyarrow", extra="parquet", what=f"reading {path} needs")
-    parquet = import_extra("pyarrow.parquet", extra="parquet", what=f"reading {path} needs")
-    try:
-        with parquet.ParquetFile(path) as file:
-            return _read_batches(file, path, config, progress, stamp, spool)
-    except pyarrow.ArrowException as error:
-        raise DatasetError(f"{path} cannot be read as a Parquet table ({_first_line(error)})") from error
+    with open_parquet(path, path) as file:
+        return _read_batches(file, path, config, progress, stamp, spool)
 
 
 def _read_batches(
     file: Any, path: Path, config: ImportConfig, progress: Progress, stamp: tuple[int, int], spool: Spool
 ) -> Table:
     names = list(file.schema_arrow.names)
-    _check_names(names, path)
+    check_names(names, path)
     array = _find_list_column(file.schema_arrow, config, path)
     others = [name for name in names if name != array]
     chosen = choose_columns(config, others, COLUMN_NAMES, path, progress)
@@ -542,7 +482,7 @@ def read_list(path: Path, role: str) -> list[Any]:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
             return lines[: -1 if lines[-1] == "" else None]
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return [fields[0] for _, fields in _iterate_lines(csv.reader(file, strict=True), 1, path)]
+            return [fields[0] for _, fields in iterate_lines(csv.reader(file, strict=True), 1, path)]
 
 
 def _to_list(values: Any, where: str) -> list[Any]:
@@ -595,23 +535,3 @@ class Spool:
         shape = (self._rows, self._dim)
         mapped: NDArray[np.float32] = np.memmap(self._file, dtype=np.float32, mode="r", shape=shape)
         return mapped
-
-
-@contextlib.contextmanager
-def explain_errors(path: Path) -> Iterator[None]:
-    """Whatever a strange file can raise, as one line that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 ({error.reason}): write it as UTF-8") from error
-    except csv.Error as error:
-        raise DatasetError(f"{path} cannot be read as a table ({error})") from error
-    except UNREADABLE as error:
-        reason = _first_line(error)
-        if "pickle" in reason or "Python objects" in reason:
-            reason = "it holds Python objects, which featcache never loads: save an array of numbers or texts"
-        raise DatasetError(f"{path} cannot be read as a table ({reason})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

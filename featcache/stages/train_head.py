@@ -19,7 +19,7 @@ from featcache.config import RUNS_DIR, HeadConfig, is_imported, name_option
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError, SettingsError
 from featcache.files import find_free_memory
-from featcache.heads import BLOCK_IMAGES, Features, FittedHead, Head, HeldOut, find_logits, fit_head
+from featcache.heads import BLOCK_IMAGES, Features, FittedHead, Head, HeldOut, count_right, find_logits, fit_head
 from featcache.metering import Meter, PeakMemory, Spent, add_up, count_flops, tabulate_costs
 from featcache.metrics import measure_probabilities, to_probabilities
 from featcache.plots import draw_learning_curve, draw_selection, save_figure
@@ -38,12 +38,13 @@ from featcache.stages.draw_images import Draws, fit_draws
 from featcache.stages.evaluate import Run, describe_accuracy, describe_predictions, make_predictions, write_evaluation
 from featcache.stages.learning_curve import Curve, learn_curve
 from featcache.stages.multiply_adds import find_multiply_adds
+from featcache.storage import Place, locate_local
 
 NAMES = {"lbfgs": "linear", "sklearn": "linear", "sgd": "linear", "ridge": "ridge", "knn": "nearest-neighbour"}
 
 
 def train_head(
-    features: Path | str,
+    features: Place | str,
     output: Path | str = f"{RUNS_DIR}/head",
     *,
     progress: Progress = SILENT,
@@ -85,7 +86,7 @@ def train_head(
     0.9477124183006536
     """
     meter, memory = Meter(), PeakMemory()
-    config, output = HeadConfig(**settings), Path(output)
+    config, output = HeadConfig(**settings), locate_local(output, "a run")
     check_settings(config)
     config = replace(config, device=str(select_device(config.device)))
     check_replaceable(output)
@@ -168,7 +169,7 @@ def check_settings(config: HeadConfig) -> None:
             raise SettingsError(f"{given} given, so that --select-on has nothing to choose; state one of them")
 
 
-def fits_in_memory(features: Path | str, config: HeadConfig) -> bool:
+def fits_in_memory(features: Place | str, config: HeadConfig) -> bool:
     """Whether the training rows, as they are and standardised, take at most half of the free memory, if it is known."""
     with CacheReader(features) as reader:
         shapes = [reader.shape_of("train", column) for column in reader.list_features("train")]
@@ -177,7 +178,7 @@ def fits_in_memory(features: Path | str, config: HeadConfig) -> bool:
 
 
 @contextmanager
-def open_features(path: Path | str, *, stream: bool) -> Iterator[FeatureCache]:
+def open_features(path: Place | str, *, stream: bool) -> Iterator[FeatureCache]:
     """The cache, every byte checked: in memory, or on the disk."""
     if stream:
         with stream_cache(path) as cache:
@@ -186,7 +187,7 @@ def open_features(path: Path | str, *, stream: bool) -> Iterator[FeatureCache]:
         yield read_cache(path)
 
 
-def settle_views(config: HeadConfig, cache: FeatureCache, path: Path | str) -> HeadConfig:
+def settle_views(config: HeadConfig, cache: FeatureCache, path: Place | str) -> HeadConfig:
     """The settings with a decision about views.
 
     Raises
@@ -263,12 +264,12 @@ def evaluate_head(fitted: FittedHead, cache: FeatureCache, config: HeadConfig) -
         raw = predict(fitted.temperature, views=config.tta)
         uncalibrated = {name: measure_probabilities(one.labels, one.probabilities) for name, one in raw.items()}
     train, plain = cache.splits["train"], predict(1.0, views=False)
-    right = find_logits(fitted.head, train.features).argmax(axis=1) == train.listing.labels
+    right = count_right(fitted.head, train.features, train.listing.labels)
     return Evaluated(
         predictions=predict(1.0, views=True) if config.tta else plain,
         plain=plain,
         uncalibrated=uncalibrated,
-        train_accuracy=float(np.mean(right)),
+        train_accuracy=right / len(train),
     )
 
 

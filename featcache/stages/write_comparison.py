@@ -13,7 +13,7 @@ from featcache import files
 from featcache.backbones.pretraining import warn_of_overlap
 from featcache.cache import FeatureCache, open_cache
 from featcache.config import HeadConfig
-from featcache.dataset import describe_data
+from featcache.dataset import describe_data, reopen_root
 from featcache.errors import FeatcacheError
 from featcache.heads.rows import gather
 from featcache.metrics import confusion_matrix
@@ -25,6 +25,7 @@ from featcache.report import Arm, format_markdown
 from featcache.runs import read_history
 from featcache.stages.learning_curve import learn_curve
 from featcache.stages.plan_comparison import thaw
+from featcache.storage import Place
 
 PAGE, NUMBERS, MARKDOWN = "report.html", "compare.json", "compare.md"
 FIGURES = (
@@ -52,7 +53,7 @@ class Material:
         What the reader should know of how it was made.
     """
 
-    features: Path | None
+    features: Place | None
     curve: bool
     map: str | None
     command: str
@@ -73,7 +74,7 @@ def write_comparison(
         ],
         curve=find_curve(arms, cache, material, progress),
         feature_maps=[] if cache is None else list_maps(cache, split, material.map),
-        root=Path(arms[0].record.data["folder"]),
+        root=reopen_root(arms[0].record.data["folder"]),
     )
     with files.fill_files(output) as folder:
         draw_figures(folder, arms, summary)
@@ -90,7 +91,7 @@ def read_histories(arm: Arm) -> list[list[dict[str, float]]]:
     return [read_history(Path(run.run) / "history.csv") for run in arm.runs]
 
 
-def find_cache(features: Path | None, arms: Sequence[Arm]) -> FeatureCache | None:
+def find_cache(features: Place | None, arms: Sequence[Arm]) -> FeatureCache | None:
     """The cache, if it holds the very images that the arms were trained and validated on."""
     if features is None:
         return None

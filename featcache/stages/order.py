@@ -1,0 +1,250 @@
+"""What several processes extract into one file: what is wanted, and what is there of it, without reading the images."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.cache import (
+    DigestTable,
+    Job,
+    describe_differences,
+    keep_files,
+    keep_job,
+    list_jobs,
+    list_parts,
+    parts_path,
+)
+from featcache.config import ExtractConfig
+from featcache.dataset import (
+    KnownFiles,
+    Listing,
+    Names,
+    Samples,
+    find_samples,
+    hash_groups,
+    hash_samples,
+    name_root,
+)
+from featcache.errors import BadImage, StaleCacheError
+from featcache.progress import SILENT, Progress
+from featcache.stages.plan import (
+    Plan,
+    Row,
+    Settled,
+    find_known_files,
+    find_missing,
+    list_digests,
+    open_sources_of,
+    settle_extractor,
+    settle_views,
+)
+from featcache.storage import Place
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """An extraction that several processes share.
+
+    Attributes
+    ----------
+    job
+        What is written down of it.
+    samples
+        The data set by name; nothing of it has been read.
+    plan
+        The extraction, with a listing that is empty and nothing missing: what is, every process finds out for its own
+        share.
+    table
+        The rows that are there.
+    known
+        The files that need not be read to know what is in them.
+    """
+
+    job: Job
+    samples: Samples
+    plan: Plan
+    table: DigestTable
+    known: KnownFiles
+
+    @functools.cached_property
+    def names_sha256(self) -> str:
+        """Digest of which samples there are: of others, a share is another one."""
+        return self.samples.hash_names()
+
+    def count_rows(self, samples: Samples) -> int:
+        """Rows that are wanted of some samples: of images, and of views of them."""
+        return sum(len(names) * (1 + self.plan.views.count(name)) for name, names in samples.groups.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some of the samples, read.
+
+    Attributes
+    ----------
+    listing
+        These alone.
+    missing
+        Rows of them that are nowhere, each once.
+    n_rows
+        Rows of them that are wanted.
+    bad
+        Files that cannot be read.
+    """
+
+    listing: Listing
+    missing: tuple[Row, ...]
+    n_rows: int
+    bad: tuple[BadImage, ...]
+
+
+def place_order(
+    data: Path | str, output: Place, config: ExtractConfig, progress: Progress, given: Backbone | None = None
+) -> Order:
+    """See what is wanted and what is there of it; write down what is being extracted.
+
+    Parameters
+    ----------
+    data, output, config, progress
+        As in `extract_features`.
+    given
+        The backbone, where it is not to be made from its name.
+
+    Raises
+    ------
+    StaleCacheError
+        If others are extracting something else into the output.
+    FeatcacheError
+        As `extract_features`.
+    """
+    jobs = list_jobs(output)
+    settled = settle_extractor(output, config, progress, given=given, like=jobs[-1].extractor if jobs else None)
+    if settled.backbone is None:
+        from featcache.stages.provide_backbone import provide_settled
+
+        backbone, device = provide_settled(config, given, settled.extractor, progress)
+        settled = replace(settled, backbone=backbone, device=device)
+    samples = find_samples(data, clips=settled.clips)
+    progress.say(f"{samples.root}: {len(samples):,} {samples.noun}s, {len(samples.classes)} classes")
+    known, views = find_known_files(output, settled.old), settle_views(config, settled.old)
+    uncalibrated = settled.extractor["precision"] == {"compute": "int8", "stored": config.store}
+    if uncalibrated or (views and not samples.is_split):
+        samples, settled = _read_everything(samples, settled, known, output, config, progress, calibrate=uncalibrated)
+        known = find_known_files(output, settled.old)
+    job = Job(data=name_root(samples.root), settings=config.result_settings(), extractor=settled.extractor)
+    join_job(output, job, force=config.force)
+    sources = open_sources_of(settled, output, config)
+    parts, _ = list_parts(output, "rows", settled.key)
+    there = list_digests(sources, views, distrust=config.rehash)
+    n_there = sum(map(len, there))
+    empty = Listing(root=samples.root, classes=samples.classes, splits={}, clips=samples.clips)
+    plan = Plan(
+        output=output,
+        decision="create" if settled.old is None else "extend",
+        listing=empty,
+        extractor=settled.extractor,
+        backbone=settled.backbone,
+        device=settled.device,
+        old=settled.old,
+        sources=tuple(sources),
+        parts=tuple(parts),
+        views=views,
+        missing=(),
+        n_new=0,
+    )
+    order = Order(
+        job=job,
+        samples=samples,
+        plan=plan,
+        table=DigestTable([*there, *(part.digests for part in parts)]),
+        known=known,
+    )
+    return replace(order, plan=replace(plan, n_new=max(order.count_rows(samples) - n_there, 1)))
+
+
+def _read_everything(
+    samples: Samples,
+    settled: Settled,
+    known: KnownFiles,
+    output: Place,
+    config: ExtractConfig,
+    progress: Progress,
+    *,
+    calibrate: bool,
+) -> tuple[Samples, Settled]:
+    """The samples in their splits, and the backbone calibrated: both depend on what is in all of the files.
+
+    Views are as many as an image's split has, and without split folders its contents decide its split; int8 is
+    calibrated on the images with the smallest digests.
+    """
+    listing = hash_samples(
+        samples,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        progress=progress,
+        known=known,
+        keep=lambda stats, digests: keep_files(parts_path(output), stats, digests),
+    )
+    if calibrate:
+        from featcache.stages.provide_backbone import calibrate as calibrate_backbone
+
+        assert settled.backbone
+        backbone = calibrate_backbone(settled.backbone, listing, config, progress)
+        settled = replace(settled, backbone=backbone, extractor=backbone.describe(config.store))
+    groups = {name: Names(paths=split.paths, labels=split.labels) for name, split in listing.splits.items()}
+    return replace(samples, groups=groups), settled
+
+
+def join_job(output: Place, job: Job, *, force: bool) -> None:
+    """Write down what is being extracted, unless others are extracting something else there.
+
+    Raises
+    ------
+    StaleCacheError
+        If they are and `force` is not set.
+    """
+    keep_job(output, job)
+    for other in list_jobs(output):
+        if other.key != job.key and not force:
+            raise StaleCacheError(
+                f"another extractor is at work in {parts_path(output)} "
+                f"({describe_differences(other.extractor, job.extractor)}); state the same settings, write elsewhere "
+                f"with -o OTHER.h5, drop its work with `featcache cache prune {output}`, or go on with --force"
+            )
+
+
+def read_job_config(job: Job, **settings: Any) -> ExtractConfig:
+    """The settings that a job was begun with, and others that decide no row."""
+    known = {
+        name: value for name, value in job.settings.items() if name in (*ExtractConfig.RESULT, *ExtractConfig.OPTIONAL)
+    }
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+    return ExtractConfig(**{**lists, **settings})
+
+
+def read_piece(order: Order, samples: Samples) -> Piece:
+    """Read some of the samples, where nothing is known of them, and see what is missing.
+
+    What was found out is kept in parts beside the output.
+    """
+    output = order.plan.output
+    splits, bad = hash_groups(
+        samples,
+        progress=SILENT,
+        known=order.known,
+        keep=lambda stats, digests: keep_files(parts_path(output), stats, digests),
+    )
+    listing = replace(order.plan.listing, splits=splits, bad=tuple(bad))
+    views = order.plan.views
+    return Piece(
+        listing=listing,
+        missing=tuple(find_missing(listing, views, order.table)),
+        n_rows=sum(len(split) * (1 + views.count(name)) for name, split in splits.items()),
+        bad=tuple(bad),
+    )

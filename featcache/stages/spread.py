@@ -1,0 +1,282 @@
+"""An extraction on a Ray cluster: tasks read and decode, workers that hold the network keep rows in parts.
+
+What a cluster loses costs time and nothing else: a part is whole or not there, and what is missing is asked of the
+folder of parts, never of the cluster. The driver reads no image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from featcache.cache import DigestTable, keep_bad, keep_done
+from featcache.cluster import TRIES, Answer, Prepared, Work, check_cluster, join_cluster, spread
+from featcache.config import ExtractConfig
+from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
+from featcache.errors import BadImage, ClusterError, CrashedItemsError, UnfinishedError
+from featcache.images import DecodedRows, make_pixel_transform
+from featcache.metering import Meter, PeakMemory
+from featcache.progress import Progress
+from featcache.runs import describe_environment
+from featcache.stages.compute import RowKeeper, find_paths, make_rows, prepare_rows
+from featcache.stages.extract import Extraction, describe_network
+from featcache.stages.merge import assemble
+from featcache.stages.order import Order, place_order, read_piece
+from featcache.stages.plan import Plan, Row
+from featcache.storage import Place
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+    from featcache.preprocessing import Preprocessing
+    from featcache.runtime import Execution
+
+ITEM_IMAGES = 256  # of an item of work, and so of a part, at most
+ITEM_BYTES = 40 << 20  # of the decoded images of an item: what travels from a task to a worker
+FEW_ITEMS = 64  # that a small data set is cut into, so that more than one machine has work
+LEAST_IMAGES = 16  # of an item: each costs some milliseconds
+ROUNDS = 2  # over the data set, where files changed in the first
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an item's rows, for a progress bar.
+
+    Attributes
+    ----------
+    n_rows
+        That were wanted.
+    bad
+        Files that cannot be used.
+    """
+
+    n_rows: int
+    bad: list[BadImage]
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+
+def extract_on_cluster(
+    data: Path | str,
+    output: Place,
+    config: ExtractConfig,
+    progress: Progress,
+    *,
+    given: Backbone | None,
+    meter: Meter,
+    memory: PeakMemory,
+) -> Extraction:
+    """Extract on a Ray cluster; as `extract_features`, by who holds the output."""
+    order = place_order(data, output, config, progress, given)
+    gpu = order.plan.device is not None and order.plan.device.type == "cuda"
+    with join_cluster(config.address) as cluster:
+        check_cluster(cluster, gpu=gpu)
+        progress.say(f"{describe_network(order.plan, config)}; Ray: {cluster}")
+        for attempt in range(ROUNDS):
+            computed = run_order(order, config, progress, gpu=gpu)
+            try:
+                extraction = assemble(order.job, output, config, progress, meter, memory, data=data)
+            except UnfinishedError:  # files have changed meanwhile
+                if attempt == ROUNDS - 1:
+                    raise
+                order = place_order(data, output, config, progress, given)
+            else:
+                return replace(extraction, computed=computed)
+    raise AssertionError
+
+
+def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: bool) -> int:
+    """Have everything computed that is missing; gives how many rows were."""
+    plan, memory = order.plan, PeakMemory()
+    unfinished = find_unfinished(order)
+    items = cut_items(order, unfinished)
+    done = order.count_rows(order.samples) - sum(order.count_rows(item) for item in items)
+    run = ClusterRun(order, config, gpu=gpu)
+    unit = "view" if plan.views else "img"
+    total = order.count_rows(order.samples)
+    for _ in progress.track(run.run(items), total=total, done=done, what="extracting", unit=unit):
+        pass
+    machine = {
+        "device": str(plan.device),
+        "runtime": run.runtime,
+        "peak_memory_bytes": memory.read(),
+        "environment": describe_environment(),
+    }
+    keep_done(plan.output, plan.key, order.names_sha256, (1, 1), machine)
+    return run.computed
+
+
+def find_unfinished(order: Order) -> NDArray[np.int64]:
+    """Numbers of the samples of which not all rows are known to be there; no file is read for it."""
+    everyone = np.arange(len(order.samples), dtype=np.int64)
+    if not len(order.table) or not len(order.known):
+        return everyone
+    digests = find_known_digests(order.samples, order.known)
+    finished, start = np.zeros(len(everyone), np.bool_), 0
+    for name, names in order.samples.groups.items():
+        some = digests[start : start + len(names)]
+        rows = order.plan.views.name_rows(some, order.plan.views.count(name))
+        found = order.table.find(rows.reshape(-1)).reshape(rows.shape) >= 0
+        finished[start : start + len(names)] = found.all(axis=1) & (np.array(some, "S64") != b"")
+        start += len(names)
+    return everyone[~finished]
+
+
+def cut_items(order: Order, rows: NDArray[np.int64]) -> list[Samples]:
+    """These samples in pieces, each an item of work."""
+    assert order.plan.backbone
+    preprocessing = order.plan.backbone.preprocessing
+    views = 1 + max(order.plan.views.train, order.plan.views.others)
+    each = math.prod(preprocessing.input_shape) * views
+    step = min(ITEM_IMAGES, max(ITEM_BYTES // each, 1), max(-(-len(rows) // FEW_ITEMS), LEAST_IMAGES))
+    light = replace(order.samples, classes=(), ignored=())
+    return [light.take(rows[start : start + step]) for start in range(0, len(rows), step)]
+
+
+class ClusterRun:
+    """Items carried out on a cluster; those that kill their processes are cut into single images.
+
+    Attributes
+    ----------
+    computed
+        Rows that went through the network.
+    runtime
+        Which one it came to be; "" if there was nothing to compute.
+    """
+
+    def __init__(self, order: Order, config: ExtractConfig, *, gpu: bool) -> None:
+        self.computed, self.runtime = 0, ""
+        self._order, self._gpu = order, gpu
+        plan = order.plan
+        bare = replace(plan, old=None, sources=(), parts=())
+        light = Order(
+            job=order.job,
+            samples=order.samples.take(np.empty(0, np.int64)),
+            plan=bare,
+            table=DigestTable([]),
+            known=NOTHING_KNOWN,
+        )
+        reader = replace(light, plan=replace(bare, backbone=None))
+        assert plan.backbone
+        self._prepare = partial(prepare_item, reader, plan.backbone.preprocessing)
+        self._make_worker = partial(make_worker, bare, replace(config, workers=0, device="cuda" if gpu else "cpu"))
+
+    def run(self, items: Sequence[Samples]) -> Iterator[Outcome]:
+        """Carry all of them out.
+
+        Raises
+        ------
+        ClusterError
+            If something else than an image kills the processes.
+        """
+        try:
+            yield from self._spread(items)
+        except CrashedItemsError as error:
+            for item in (items[position] for position in error.crashed):
+                yield from self._run_one_by_one(item)
+
+    def _spread(self, items: Sequence[Samples]) -> Iterator[Outcome]:
+        answers = spread(items, prepare=self._prepare, make_worker=self._make_worker, gpu=self._gpu)
+        for answer in answers:
+            self.computed += answer["computed"]
+            self.runtime = self.runtime or answer["runtime"]
+            yield Outcome(answer["rows"], [BadImage(*one) for one in answer["bad"]])
+
+    def _run_one_by_one(self, item: Samples) -> Iterator[Outcome]:
+        """Each image by itself: what still kills its process is a bad one."""
+        alone = [item.take(np.array([row])) for row in range(len(item))]
+        try:
+            yield from self._spread(alone)
+        except CrashedItemsError as error:
+            if len(error.crashed) == len(alone) > 1:
+                raise ClusterError(
+                    f"{error}, each of {len(alone)} images in a row: no image's fault, it seems; look at the memory "
+                    f"and the logs of the cluster, and run the same command again"
+                ) from error
+            yield from (self._give_up(alone[position]) for position in error.crashed)
+
+    def _give_up(self, item: Samples) -> Outcome:
+        """Write down that an image kills whoever decodes it."""
+        plan, reason = self._order.plan, f"its decoder crashed {TRIES} times"
+        splits, bad = hash_groups(item)
+        for split in splits.values():
+            keep_bad(plan.output, plan.key, dict.fromkeys(split.digests, reason))
+            bad += [BadImage(path, reason) for path in split.paths]
+        return Outcome(self._order.count_rows(item), bad)
+
+
+def prepare_item(order: Order, preprocessing: Preprocessing, samples: Samples) -> Prepared:
+    """Read and decode some samples: what a task does.
+
+    Gives the rows that are wanted of them, and the pixels.
+    """
+    meter = Meter()
+    piece = read_piece(order, samples)
+    plan = replace(order.plan, listing=piece.listing, missing=piece.missing)
+    rows = make_rows(plan, piece.missing, preprocessing)
+    decoded = [rows[row] for row in range(len(rows))]
+    batch = rows.collate(decoded)
+    images = batch.images
+    return {
+        "pixels": (images.permute(0, 2, 3, 1) if images.ndim == 4 else images).contiguous().numpy(),
+        "rows": batch.rows.numpy(),
+        "reasons": {row: reason for row, reason, _ in decoded if isinstance(reason, str)},
+        "missing": [tuple(row) for row in piece.missing],
+        "paths": find_paths(piece.listing, piece.missing),
+        "wanted": order.count_rows(samples),
+        "unreadable": [tuple(one) for one in piece.bad],
+        "spent": meter.read(),
+    }
+
+
+def make_worker(plan: Plan, config: ExtractConfig) -> Work:
+    """What holds the network and keeps rows: what a worker is."""
+    return Worker(plan, config)
+
+
+class Worker:
+    """Turns prepared items into rows in parts; the network is made ready once."""
+
+    def __init__(self, plan: Plan, config: ExtractConfig) -> None:
+        self._plan, self._config = replace(plan, device=torch.device(config.device)), config
+        self._execution: Execution | None = None
+
+    def __call__(self, prepared: Prepared) -> Answer:
+        """Compute what was prepared and keep it, before it is told of."""
+        plan, missing = self._plan, [Row(*row) for row in prepared["missing"]]
+        keeper = RowKeeper(plan, self._config, spent=prepared["spent"])
+        rows = restore_rows(prepared, missing, plan)
+        if missing:
+            execution = self._execution or prepare_rows(plan, rows, self._config)
+            for output in execution.run(rows):
+                keeper.take(output, missing, prepared["paths"])
+            keeper.writer.flush()
+            self._execution = execution if keeper.n_rows else None  # made ready without any image it is another one
+        keep_bad(plan.output, plan.key, keeper.reasons)
+        return {
+            "rows": prepared["wanted"],
+            "computed": keeper.n_rows,
+            "runtime": self._execution.runtime if self._execution else "",
+            "bad": [*prepared["unreadable"], *map(tuple, keeper.bad)],
+        }
+
+
+def restore_rows(prepared: Prepared, missing: Sequence[Row], plan: Plan) -> DecodedRows:
+    """The decoded images, as they were where they were decoded."""
+    assert plan.backbone
+    images = torch.from_numpy(prepared["pixels"])
+    return DecodedRows(
+        [prepared["paths"][row.image][0] for row in missing],
+        images.permute(0, 3, 1, 2) if images.ndim == 4 else images,
+        rows=prepared["rows"],
+        reasons=prepared["reasons"],
+        transform=make_pixel_transform(plan.backbone.preprocessing),
+    )

@@ -1,0 +1,343 @@
+"""Shares of an extraction on machines that know nothing of each other, and the file that is put together from them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import COLOURS, TinyFamily, fill_class
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featcache.cache import list_done, list_jobs, list_parts, open_cache, parts_path, read_bad, read_cache
+from featcache.errors import (
+    BadImagesError,
+    CacheError,
+    SettingsError,
+    StaleCacheError,
+    UnfinishedError,
+)
+from featcache.shards import Shard, is_one_of_several, parse_shard
+from featcache.stages.extract import extract_features
+from featcache.stages.merge import merge_shards
+from featcache.stages.share import ShardExtraction, extract_shard
+
+TINY: dict[str, Any] = {"backbone": "tiny", "weights": "none", "runtime": "eager", "workers": 0, "batch_size": 4}
+
+
+def run_share(data: Path, output: Path, shard: str, **settings: Any) -> ShardExtraction:
+    return extract_shard(data, output, shard=shard, **{**TINY, **settings})
+
+
+def content(path: Path) -> str:
+    return open_cache(path).content_sha256
+
+
+# --- which share ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 3000), st.integers(1, 40))
+def test_every_sample_is_in_exactly_one_share(n: int, count: int) -> None:
+    shares = [Shard(number, count).list_rows(n).tolist() for number in range(1, count + 1)]
+    assert sorted(row for share in shares for row in share) == list(range(n))
+    assert all(share == sorted(share) for share in shares)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= max(n // (16 * count), 1)  # a piece
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "1/4"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "SLURM_PROCID": "0"}, "4/4"),
+        (
+            dict(
+                zip(
+                    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+                    ("0", "0", "15", "16"),
+                    strict=True,
+                )
+            ),
+            "1/16",
+        ),
+        (
+            dict(
+                zip(
+                    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT"),
+                    ("16", "1", "16", "16"),
+                    strict=True,
+                )
+            ),
+            "16/16",
+        ),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "8",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_MAX": "12",
+                "SLURM_ARRAY_TASK_STEP": "4",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+            },
+            "3/4",
+        ),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, "6/8"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8"}, "2/2"),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "1",
+                "SLURM_ARRAY_TASK_MIN": "0",
+                "SLURM_ARRAY_TASK_MAX": "1",
+                "SLURM_ARRAY_TASK_COUNT": "2",
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+            },
+            "4/4",
+        ),
+    ],
+    ids=[
+        "torchrun",
+        "torchrun in SLURM",
+        "array from 0",
+        "array from 1",
+        "array by 4",
+        "step",
+        "step of its own",
+        "array of steps",
+    ],
+)
+def test_auto_is_what_started_the_process(environment: dict[str, str], expected: str) -> None:
+    assert str(parse_shard("auto", environment)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "expected"),
+    [
+        ("auto/16", {"JOB_COMPLETION_INDEX": "3"}, "4/16"),
+        ("auto/16", {"SLURM_ARRAY_TASK_ID": "16"}, "1/16"),
+        ("auto/16", {"RANK": "2"}, "3/16"),
+        ("0/16", {}, "16/16"),
+        ("16/16", {}, "16/16"),
+        ("1/1", {}, "1/1"),
+    ],
+)
+def test_a_share_may_be_stated(text: str, environment: dict[str, str], expected: str) -> None:
+    assert str(parse_shard(text, environment)) == expected
+
+
+def test_a_count_from_0_and_one_from_1_reach_every_share() -> None:
+    for first in (0, 1, 7):
+        shares = {parse_shard("auto/16", {"SLURM_ARRAY_TASK_ID": str(first + i)}) for i in range(16)}
+        assert len(shares) == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("17/16", {}, "expected a number from 1 to 16"),
+        ("3/0", {}, "expected 1 to 100,000 shards"),
+        ("3", {}, "expected such as 3/16"),
+        ("-1/4", {}, "expected such as 3/16"),
+        ("auto", {}, "finds neither RANK"),
+        ("auto/4", {}, "finds none of RANK"),
+        ("auto", {"JOB_COMPLETION_INDEX": "3"}, "state it, such as auto/16"),
+        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
+        ("auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "finds neither"),  # a batch script runs once
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "7",
+                "SLURM_ARRAY_TASK_MIN": "3",
+                "SLURM_ARRAY_TASK_MAX": "7",
+                "SLURM_ARRAY_TASK_COUNT": "2",
+            },
+            "not in a row",
+        ),
+    ],
+)
+def test_what_names_no_share_is_refused(text: str, environment: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        parse_shard(text, environment)
+
+
+def test_only_torchrun_shares_work_unasked() -> None:
+    assert is_one_of_several({"RANK": "0", "WORLD_SIZE": "2"})
+    assert not is_one_of_several({"RANK": "0", "WORLD_SIZE": "1"})
+    assert not is_one_of_several({"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"})
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"views": 2, "test_views": 1}, {"store": "float16"}], ids=str)
+@pytest.mark.parametrize("layout", ["photos", "flat_photos"])
+def test_shares_in_any_order_give_the_file_of_one_run(
+    layout: str, settings: dict[str, Any], tmp_path: Path, tiny: type[TinyFamily], request: pytest.FixtureRequest
+) -> None:
+    data: Path = request.getfixturevalue(layout)
+    whole, shared = tmp_path / "whole.h5", tmp_path / "shared.h5"
+    extract_features(data, whole, **TINY, **settings)
+    order = [f"{number}/5" for number in range(1, 6)]
+    random.Random(3).shuffle(order)
+    done = [run_share(data, shared, shard, **settings) for shard in order]
+    assert content(shared) == content(whole)
+    one, other = read_cache(whole), read_cache(shared)
+    for name, split in one.splits.items():
+        assert split.features.tobytes() == other.splits[name].features.tobytes()
+        assert (split.views is None) == (other.splits[name].views is None)
+        assert split.views is None or split.views.tobytes() == other.splits[name].views.tobytes()
+        assert list(split.listing.paths) == list(other.splits[name].listing.paths)
+    assert [one.extraction is None for one in done] == [True] * 4 + [False]
+    assert [len(one.unfinished) for one in done] == [4, 3, 2, 1, 0]
+    assert sum(one.computed for one in done) == sum(one.rows for one in done) == len(other) + other.n_views
+    assert not parts_path(shared).exists()
+    assert not list(tmp_path.glob("shared.h5.*"))
+
+
+def test_more_shares_than_images_are_fine(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    whole, shared = tmp_path / "whole.h5", tmp_path / "shared.h5"
+    extract_features(photos, whole, **TINY)
+    for number in range(40):
+        run_share(photos, shared, f"{number}/40")
+    assert content(shared) == content(whole)
+
+
+def test_a_share_that_runs_again_computes_nothing(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    first = run_share(photos, tmp_path / "f.h5", "1/2")
+    again = run_share(photos, tmp_path / "f.h5", "1/2")
+    assert (first.computed, again.computed, again.rows) == (first.rows, 0, first.rows)
+    assert again.unfinished == (2,)
+
+
+def test_shares_of_another_count_go_on_with_what_is_there(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    half = run_share(photos, tmp_path / "f.h5", "1/2")
+    rest = [run_share(photos, tmp_path / "f.h5", f"{number}/3") for number in (1, 2, 3)]
+    assert half.computed + sum(one.computed for one in rest) == 18
+    assert len(open_cache(tmp_path / "f.h5")) == 18
+
+
+def test_a_plain_extraction_goes_on_with_what_shares_left(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    half = run_share(photos, tmp_path / "f.h5", "1/2")
+    whole = extract_features(photos, tmp_path / "f.h5", **TINY)
+    assert whole.computed == 18 - half.computed
+    assert not parts_path(tmp_path / "f.h5").exists()
+
+
+def test_new_images_alone_are_computed_by_shares_into_a_finished_file(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    extract_features(photos, output, **TINY)
+    fill_class(photos / "train" / "green", COLOURS["green"], 3, seed=9000)
+    fill_class(photos / "val" / "green", COLOURS["green"], 2, seed=9100)
+    done = [run_share(photos, output, f"{number}/3") for number in (3, 1, 2)]
+    assert sum(one.computed for one in done) == 5
+    assert len(open_cache(output)) == 23
+    extract_features(photos, tmp_path / "whole.h5", **TINY)
+    assert content(output) == content(tmp_path / "whole.h5")
+
+
+def test_merge_says_which_shares_have_not_finished(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    for number in (1, 4):
+        run_share(photos, tmp_path / "f.h5", f"{number}/4")
+    with pytest.raises(UnfinishedError, match=r"images of 18 have no row yet, such as .*: of 4 shards 2, 3 have not"):
+        merge_shards(tmp_path / "f.h5")
+    assert not (tmp_path / "f.h5").exists()
+    assert len(list_done(tmp_path / "f.h5", list_jobs(tmp_path / "f.h5")[0].key)) == 2
+
+
+def test_merge_twice_is_as_good_as_once(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    last = [run_share(photos, tmp_path / "f.h5", f"{number}/2") for number in (1, 2)][-1]
+    before = (tmp_path / "f.h5").read_bytes()
+    again = merge_shards(tmp_path / "f.h5")
+    assert last.extraction
+    assert again.cache.content_sha256 == last.extraction.cache.content_sha256
+    assert (tmp_path / "f.h5").read_bytes() == before
+
+
+def test_nothing_to_merge_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="nothing to merge"):
+        merge_shards(tmp_path / "f.h5")
+
+
+def test_an_image_that_changed_after_its_share_read_it_has_no_row(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    run_share(photos, tmp_path / "f.h5", "1/2")
+    victim = next((photos / "train" / "blue").iterdir())
+    victim.write_bytes((photos / "val" / "red" / "photo_000.jpg").read_bytes() + b" ")
+    try:
+        run_share(photos, tmp_path / "f.h5", "2/2")
+    except UnfinishedError as error:
+        assert victim.name in str(error)
+        run_share(photos, tmp_path / "f.h5", "1/2")
+    extract_features(photos, tmp_path / "whole.h5", **TINY)
+    assert content(tmp_path / "f.h5") == content(tmp_path / "whole.h5")
+
+
+def test_a_bad_image_is_named_by_its_share_and_by_the_merge(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    bad = photos / "train" / "red" / "photo_002.jpg"
+    bad.write_bytes(b"no image")
+    named = []
+    for number in (1, 2, 3):
+        try:
+            run_share(photos, tmp_path / "f.h5", f"{number}/3")
+        except BadImagesError as error:
+            named += [path for path, _ in error.bad]
+    assert set(named) == {"train/red/photo_002.jpg"}
+    key = list_jobs(tmp_path / "f.h5")[0].key
+    assert list(read_bad(tmp_path / "f.h5", key).values()) == ["not an image of a known format"]
+    with pytest.raises(BadImagesError, match=r"photo_002\.jpg: not an image"):
+        merge_shards(tmp_path / "f.h5")
+    merged = merge_shards(tmp_path / "f.h5", skip_bad=True)
+    assert [path for path, _ in merged.bad] == ["train/red/photo_002.jpg"]
+    extract_features(photos, tmp_path / "whole.h5", skip_bad=True, **TINY)
+    assert content(tmp_path / "f.h5") == content(tmp_path / "whole.h5")
+
+
+def test_a_share_of_another_extractor_is_refused(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    run_share(photos, tmp_path / "f.h5", "1/2")
+    with pytest.raises(StaleCacheError, match=r"another extractor is at work .*precision\.stored: float32 -> float16"):
+        run_share(photos, tmp_path / "f.h5", "2/2", store="float16")
+
+
+def test_the_data_may_lie_elsewhere_where_the_file_is_put_together(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    run_share(photos, output, "1/2")
+    with pytest.raises(UnfinishedError):
+        merge_shards(output)
+    moved = tmp_path / "elsewhere"
+    shutil.move(photos, moved)
+    run_share(moved, output, "2/2")
+    assert len(open_cache(output)) == 18
+
+
+def test_what_shards_tell_each_other_is_json_that_cannot_be_mistaken(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    run_share(photos, output, "1/2")
+    job = next(parts_path(output).glob("job-*.json"))
+    value = json.loads(job.read_text())
+    assert value["settings"]["backbone"] == "tiny"
+    value["settings"]["seed"] = 7
+    job.write_text(json.dumps(value))
+    with pytest.raises(CacheError, match="is damaged: it is not what its name says"):
+        merge_shards(output)
+
+
+def test_parts_of_shares_are_whole_and_hold_each_row_once(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    output = tmp_path / "f.h5"
+    for number in (1, 2):
+        run_share(photos, output, f"{number}/3")
+    parts, damaged = list_parts(output, "rows", list_jobs(output)[0].key)
+    assert not damaged
+    assert sum(map(len, parts)) == 12
