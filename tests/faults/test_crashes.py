@@ -66,6 +66,25 @@ def test_eight_writers_at_once_do_the_work_once_and_never_harm_each_other(
     assert result["told who holds it"] > 0
 
 
+def test_sixteen_shards_in_random_order_and_killed_at_random_give_the_file_of_one_run(
+    tmp_path: Path, tell: Tell, long: bool
+) -> None:
+    result = experiment("kill", tmp_path, 20 if long else 2, program="shard_nursery.py")
+    tell(
+        f"sixteen shards, up to three at once, in random order: {result['trials']} trials, {result['started']} started, "
+        f"{result['killed']} killed; {len(result['wrong'])} wrong"
+    )
+    assert result["wrong"] == []
+    assert result["killed"] >= result["started"] // 5
+
+
+def test_a_death_of_the_last_shard_at_any_durable_call_loses_nothing(tmp_path: Path, tell: Tell, long: bool) -> None:
+    result = experiment("enumerate", tmp_path, 1 if long else 6, program="shard_nursery.py")
+    tell(f"the last shard, killed at {result['deaths']} of {result['calls']} calls; {len(result['wrong'])} wrong")
+    assert result["wrong"] == []
+    assert result["calls"] >= 40
+
+
 def test_a_flipped_byte_is_detected_or_harmless(tmp_path: Path, tell: Tell, long: bool) -> None:
     result = experiment("flip", tmp_path, 10_000 if long else 1000)
     tell(
