@@ -11,12 +11,10 @@ import itertools
 import json
 import logging
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import featcache
 from featcache.cluster import import_ray, join_cluster, spread
@@ -58,6 +57,18 @@ def run_alone(program: Path, *arguments: object) -> dict[str, Any]:
     return result
 
 
+def run_once(folders: pytest.TempPathFactory, program: Path, case: str) -> dict[str, Any]:
+    """As `run_alone`, of one case for all tests that look at it, in whichever of xdist's processes they are."""
+    base = folders.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{program.stem}-{case}"
+    with FileLock(f"{folder}.lock"):
+        told = Path(f"{folder}.json")
+        if not told.exists():
+            told.write_text(json.dumps(run_alone(program, case, folder)))
+        result: dict[str, Any] = json.loads(told.read_text())
+        return result
+
+
 class Machines:
     """A head and two machines that work, all on this one; call it from the main thread, as Ray wants it."""
 
@@ -88,7 +99,7 @@ class Machines:
 @contextlib.contextmanager
 def three_nodes(*, n_cpus: int = 2) -> Iterator[Machines]:
     """A cluster while the block lasts: a head on which nothing runs, and two machines."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import_ray()
     from ray.cluster_utils import Cluster as LocalCluster
 
@@ -211,29 +222,55 @@ def lose_machine(folder: Path) -> dict[str, Any]:
 
 
 def start_here(folder: Path) -> dict[str, Any]:
-    """A cluster that is started for one call, and ended by it, after an interruption too."""
+    """Clusters that are started for one call and end with it: by Ctrl-C, and by the death of Ray's driver."""
+    told: dict[str, float] = {}
 
     def interrupt(n_answers: int) -> None:
         if n_answers == 3:
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            told["interrupted"] = time.perf_counter()
+            os.kill(os.getpid(), signal.SIGINT)
 
-    start = time.perf_counter()
-    interrupted = None
+    def kill_driver(n_answers: int) -> None:
+        if n_answers == 3:
+            (driver,) = list_children(os.getpid())
+            os.kill(driver, signal.SIGKILL)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        carry_out(folder / "interrupted", number_orders(100), interrupt, seconds=0.2)
+        raise AssertionError
+    stopped = time.perf_counter() - told["interrupted"]
+    left = list_clusters()
+    killed = carry_out(folder / "killed", number_orders(100), kill_driver, seconds=0.2)
+    return {"stopped": stopped, "left": left, "killed": killed, "left then": list_clusters(patience_seconds=10)}
+
+
+def list_clusters(patience_seconds: float = 0.0) -> list[str]:
+    """What runs of Ray in this network of our own, once that has had time to end."""
+    deadline = time.perf_counter() + patience_seconds
+    while (
+        left := [name for name in map(read_name, list_neighbours()) if "raylet" in name or "gcs_server" in name]
+    ) and (time.perf_counter() < deadline):
+        time.sleep(0.2)
+    return left
+
+
+def list_neighbours() -> list[Path]:
+    """Processes in the network of this one."""
+    network = Path("/proc/self/ns/net").readlink()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "ns/net").readlink() == network:
+                found.append(process)
+    return found
+
+
+def read_name(process: Path) -> str:
+    """Its program; nothing where it has just ended."""
     try:
-        carry_out(folder / "interrupted", number_orders(200), interrupt, seconds=0.2)
-    except KeyboardInterrupt:
-        interrupted = time.perf_counter() - start
-    stayed = import_ray().is_initialized()
-    start = time.perf_counter()
-    again = carry_out(folder / "again", number_orders(8))
-    return {
-        "interrupted": interrupted,
-        "seconds": time.perf_counter() - start,
-        "stayed": stayed,
-        "again": again,
-        "children": [Path(f"/proc/{child}/cmdline").read_text() for child in list_children(os.getpid())],
-        "driver": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+        return (process / "cmdline").read_text().split("\0")[0]
+    except OSError:
+        return ""
 
 
 CASES = {"wrongs": run_wrongs, "lose": lose_machine, "here": start_here}

@@ -616,6 +616,17 @@ def test_each_source_is_read_once_from_start_to_end() -> None:
     ]
 
 
+def test_a_part_is_read_as_a_whole(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.cache.rows.READ_ROWS", 10)
+    source = PartSource(write_part(output, range(35)))
+    reads: list[tuple[int, int]] = []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda *rows: (reads.append(rows), read(*rows))[1])
+    table = RowTable([source], DIM, "float32")
+    assert table.read(np.arange(34, -1, -1)).tolist() == make_rows(range(34, -1, -1)).tolist()
+    assert reads == [(0, 35)]
+
+
 def test_rows_without_a_digest_are_never_found() -> None:
     table = RowTable([Spy(["", name_rows([1])[0], ""], make_rows([7, 1, 8]))], DIM, "float32")
     assert table.find(np.array(["", *name_rows([1, 2])], "S64")).tolist() == [-1, 1, -1]

@@ -29,7 +29,7 @@ def parts(numbers: list[int]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def wrongs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ray_nursery.run_alone(PROGRAM, "wrongs", tmp_path_factory.mktemp("wrongs"))
+    return ray_nursery.run_once(tmp_path_factory, PROGRAM, "wrongs")
 
 
 def test_every_item_is_answered_once_by_workers_that_are_set_up_once(wrongs: dict[str, Any]) -> None:
@@ -81,22 +81,34 @@ def test_a_machine_killed_in_the_middle_and_one_added_leave_every_item_done_once
     assert result["parts"] == parts(numbers)
 
 
-def test_a_cluster_started_here_ends_with_the_call_and_says_nothing(tmp_path: Path, tell: Tell) -> None:
-    result = ray_nursery.run_alone(PROGRAM, "here", tmp_path / "here")
-    tell(f"Ctrl-C: over after {result['interrupted']:.1f} s; 8 items with start and end {result['seconds']:.1f} s")
-    assert result["interrupted"] is not None
-    assert not result["stayed"]
-    assert result["again"]["parts"] == parts(list(range(8)))
-    assert result["children"] == []
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ray_nursery.run_once(tmp_path_factory, PROGRAM, "here")
+
+
+def test_ctrl_c_ends_the_work_and_the_cluster_that_was_started_for_it(here: dict[str, Any], tell: Tell) -> None:
+    tell(f"Ctrl-C on a Ray cluster of one's own: over after {here['stopped']:.1f} s")
+    assert here["left"] == []
+
+
+def test_the_death_of_rays_driver_is_an_error_and_leaves_nothing_running(here: dict[str, Any]) -> None:
+    assert here["killed"]["kind"] == "ClusterError"
+    assert "Ray's driver process ended by itself: exit code -9" in here["killed"]["error"]
+    assert here["killed"]["answers"]
+    assert here["left then"] == []
 
 
 def test_an_address_where_nobody_listens_is_told_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         check_reachable(f"127.0.0.1:{port}")
-        check_reachable(f"ray://127.0.0.1:{port}")
-    with pytest.raises(ClusterError, match=rf"no Ray cluster at ray://127.0.0.1:{port}: .*refused; expected auto"):
-        check_reachable(f"ray://127.0.0.1:{port}")
+    with pytest.raises(ClusterError, match=rf"no Ray cluster at 127.0.0.1:{port}: .*refused; expected auto"):
+        check_reachable(f"127.0.0.1:{port}")
+
+
+def test_rays_client_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(ClusterError, match=r"ray://head:10001 is for Ray's client.* --address auto"):
+        check_reachable("ray://head:10001")
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:", "127.0.0.1:99999999", ":"])
@@ -115,7 +127,7 @@ def test_a_cluster_needs_a_cpu_for_tasks_and_one_for_workers_without_gpu() -> No
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray.data", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'featcache\[ray\]'"):
         import_ray()
 

@@ -24,6 +24,7 @@ from featcache.files import (
     hash_bytes,
     hash_file,
     pretty_json,
+    temporary_path,
     write_atomically,
 )
 
@@ -145,7 +146,7 @@ def test_a_full_disk_leaves_what_was_there(
 def test_a_really_full_disk_is_told(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    temporary = tmp_path / f".f.{os.getpid()}.tmp"  # what is written to first
+    temporary = temporary_path(tmp_path / "f")  # what is written to first
     temporary.symlink_to("/dev/full")
     with pytest.raises(OutputError, match="No space left on device"):
         write_atomically(tmp_path / "f", b"x" * 100_000)

@@ -21,7 +21,19 @@ from threadpoolctl import threadpool_limits
 
 from featcache.config import SOLVERS, HeadConfig
 from featcache.errors import DatasetError
-from featcache.heads import FittedHead, HeldOut, LinearHead, NeighbourHead, fit_head, lbfgs, logistic, remake_head, sgd
+from featcache.heads import (
+    FittedHead,
+    HeldOut,
+    LinearHead,
+    NeighbourHead,
+    count_right,
+    find_logits,
+    fit_head,
+    lbfgs,
+    logistic,
+    remake_head,
+    sgd,
+)
 from featcache.heads.calibration import fit_temperature
 from featcache.heads.rows import weigh_images
 from featcache.heads.selection import make_folds
@@ -837,3 +849,14 @@ def test_a_thousand_images_are_standardised_by_their_own_variances(solver: str) 
     few = (features[:999], labels[:999])
     auto, plain = (fit(few, solver, C=0.1, scaling=scaling).head for scaling in ("auto", "standard"))
     assert not np.array_equal(auto.logits(features), plain.logits(features))
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_right_answers_are_counted_block_by_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.heads.BLOCK_IMAGES", block)
+    generator = np.random.default_rng(0)
+    features, labels = generator.normal(size=(40, 3)).astype(np.float32), generator.integers(0, 4, 40)
+    head = LinearHead(weight=generator.normal(size=(4, 3)).astype(np.float32), bias=np.zeros(4, np.float32))
+    logits = find_logits(head, features)
+    assert logits.shape == (40, 4)
+    assert count_right(head, features, labels) == (logits.argmax(axis=1) == labels).sum()

@@ -154,9 +154,9 @@ def test_a_stranger_reads_an_old_cache_with_h5py() -> None:
 def test_the_rows_of_an_old_cache_are_served() -> None:
     with open_sources([GOLDEN], "<f4") as (sources, damaged):
         served = {
-            digest.decode(): row
+            digest: row
             for source in sources
-            for digest, row in zip(np.asarray(source.digests).tolist(), source.read(0, len(source.digests)).tolist(), strict=True)
+            for digest, row in zip(source.digests, source.read(0, len(source.digests)).tolist(), strict=True)
         }
     assert damaged == []
     assert served == {

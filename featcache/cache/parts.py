@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featcache import files
 from featcache.cache.reading import explain_errors
 from featcache.dataset import STATS, Digests, KnownFiles, Stats
-from featcache.dataset.texts import TextColumn, pack_digests
+from featcache.dataset.texts import NamedFile, StoredTexts, TextColumn, pack_digests
 from featcache.errors import CacheError, OutputError, StoreError
 from featcache.files import hash_bytes, list_temporary
 from featcache.metering import NOTHING_SPENT, Meter, Spent, add_up
@@ -37,6 +37,7 @@ PART_BYTES = 32 << 20
 # Work that comes a few images at a time leaves many small parts, and opening each costs a millisecond.
 SMALL_BYTES = 1 << 20
 MANY_PARTS = 64
+LEFT_ROWS = 1024  # of a part, from which on its digests are left on the disk
 MAX_PART_BYTES = 1 << 30  # what lies there and is larger is no part
 ROWS, FILES = "rows", "files"
 PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
@@ -127,7 +128,7 @@ def keep_files(folder: Place, stats: Stats, digests: Digests) -> None:
 
 
 class PackedColumns(Mapping[str, NDArray[Any]]):
-    """The columns of a part, of which "digests" takes half of its memory until it is asked for.
+    """The columns of a part, of which "digests" is packed, or left on the disk, until it is asked for.
 
     Attributes
     ----------
@@ -135,8 +136,9 @@ class PackedColumns(Mapping[str, NDArray[Any]]):
         That column.
     """
 
-    def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
-        self.digests = pack_digests(columns.get("digests", np.empty(0, "S64")))
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        there = columns.digests if isinstance(columns, PackedColumns) else columns.get("digests", np.empty(0, "S64"))
+        self.digests: TextColumn = pack_digests(there)
         self._names = tuple(columns)
         self._others = {name: values for name, values in columns.items() if name != "digests"}
 
@@ -161,7 +163,7 @@ class Part:
     path: Place
     key: str
     spent: Spent
-    columns: Mapping[str, NDArray[Any]]
+    columns: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", PackedColumns(self.columns))
@@ -171,9 +173,10 @@ class Part:
 
     @property
     def digests(self) -> TextColumn:
-        """The N digests, packed: what should hold those of many parts holds these."""
+        """The N digests, packed or left on the disk: of many parts `columns` would take much memory."""
         assert isinstance(self.columns, PackedColumns)
-        return self.columns.digests
+        digests: TextColumn = self.columns.digests
+        return digests
 
     def read_features(self) -> NDArray[Any]:
         """(N, D) in the stored precision.
@@ -183,7 +186,8 @@ class Part:
         CacheError
             If the file is no longer what it was.
         """
-        return _load(self.path, {"features"}).columns["features"]
+        features: NDArray[Any] = _load(self.path, {"features"}).columns["features"]
+        return features
 
 
 def list_parts(output: Place, kind: str, key: str = "") -> tuple[list[Part], list[Place]]:
@@ -284,12 +288,16 @@ def remove_parts(output: Place, key: str) -> list[Place]:
     there, nobody needs it, and `cache prune` tries again.
     """
     folder = parts_path(output)
-    with contextlib.suppress(StoreError):
-        _remove(_list_mine(folder, key))
-        if isinstance(folder, RemotePath):
+    if isinstance(folder, RemotePath):
+        with contextlib.suppress(StoreError):
+            _remove(_list_mine(folder, key))
             return list(folder.list_below())
-    left = sorted(folder.glob("*")) if isinstance(folder, Path) else []
-    if not left and isinstance(folder, Path) and folder.is_dir():
+        return []
+    if not folder.is_dir():
+        return []
+    _remove(_list_mine(folder, key))
+    left = sorted(folder.glob("*"))
+    if not left:
         with contextlib.suppress(OSError):  # somebody put something there meanwhile
             files.disk.remove_folder(folder)
     return list[Place](left)
@@ -367,6 +375,18 @@ def _write_part(folder: Place, prefix: str, columns: dict[str, NDArray[Any]], ke
     return path
 
 
+def _read_column(there: h5py.Dataset, path: Place) -> NDArray[Any] | StoredTexts:
+    """A column of a part, the digests of many rows left where they are: the name says that they stay the same.
+
+    They lie in one chunk as they are, the filter's checksum after them.
+    """
+    plain = there.chunks == there.shape and there.fletcher32 and not (there.compression or there.shuffle)
+    if isinstance(path, Path) and there.dtype == "S64" and len(there) >= LEFT_ROWS and plain:
+        return StoredTexts(NamedFile(path), there.id.get_chunk_info(0).byte_offset, len(there), 64)
+    values: NDArray[Any] = there[:]
+    return values
+
+
 def _load(path: Place, names: set[str]) -> Part:
     """A part, if its bytes are those that its name promises; HDF5 sees them only then."""
 
@@ -384,7 +404,7 @@ def _load(path: Place, names: set[str]) -> Part:
                 path=path,
                 key=bytes(file.attrs["extractor_key"]).decode("ascii"),
                 spent=Spent.from_json(dict(file.attrs)),
-                columns={name: file[name][:] for name in names if name in file},
+                columns={name: _read_column(file[name], path) for name in names if name in file},
             )
     except StoreError:  # which is not damage
         raise

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 def command(data: str, output: str, as_json: bool, dry_run: bool, shard: str | None, **settings: Any) -> int:
     """Stage 1: turn every image of DATA into features, once, kept in one HDF5 file.
 
+    DATA is a folder of classes, its URL, tar shards, a list (.csv, .jsonl, .parquet) or hf:NAME; see docs/data.md.
+
     Run again on unchanged data it computes nothing; on changed data only the new images. After a kill, a full disk or
     Ctrl-C the same command goes on from there.
 

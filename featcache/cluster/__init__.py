@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import select
 import socket
 import subprocess
 import sys
@@ -58,8 +59,12 @@ __all__ = [
 
 Item = TypeVar("Item")
 REACHABLE_SECONDS = 5.0
-# Usage statistics would phone home; news that Ray prints again and again would fill the disk.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+JOIN_SECONDS = 60.0  # `auto` may find the traces of a cluster that is no more, and Ray waits for it
+ENVIRONMENT = {  # of Ray's driver and of a cluster that it starts
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would phone home
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # its news are for its log files
+    "RAY_task_oom_retries": "8",  # of a task that Ray ends because memory is short; by itself it never gives up
+}
 
 
 class RemoteError(Exception):
@@ -76,8 +81,13 @@ class Driver:
         self._address = address
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Cluster:
-        """Join the cluster, or start it; what it has."""
+    def look(self) -> Cluster:
+        """What the cluster has; it is joined, or started, unless it is already."""
+        if self._process is None:
+            self._start()
+        return self._cluster
+
+    def _start(self) -> None:
         reader, writer = os.pipe()
         self._messages = os.fdopen(reader, "rb")
         self._words = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
@@ -89,22 +99,23 @@ class Driver:
             stderr=self._words,
             pass_fds=[writer],
             start_new_session=True,  # Ctrl-C is for this process, which then ends the other
-            env={**os.environ, **QUIET},
+            env={**os.environ, **ENVIRONMENT},
         )
         os.close(writer)
-        cluster = self._receive()
-        assert isinstance(cluster, Cluster)
-        return cluster
+        if not select.select([self._messages], [], [], JOIN_SECONDS)[0]:
+            self.stop()
+            what = f"the Ray cluster at {self._address}" if self._address else "a Ray cluster started here"
+            raise ClusterError(f"{what} has not answered for {JOIN_SECONDS:.0f} s; look at it with ray status")
+        self._cluster: Cluster = self._receive()
 
     def run(self, job: Job) -> Generator[tuple[int, Outcome], None, None]:
         """The outcome of each item, with its position. If it is left before its end the process is, too."""
-        if self._process is None:
-            self.start()
         assert self._process
         assert self._process.stdin
         try:
-            self._process.stdin.write(pack(job))
-            self._process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # that it is dead is seen at once
+                self._process.stdin.write(pack(job))
+                self._process.stdin.flush()
             while not isinstance(message := self._receive(), Finished):
                 yield message[0], unpack(message[1])
         except BaseException:
@@ -138,13 +149,13 @@ class Driver:
         return message
 
     def _read_last_words(self) -> str:
-        """The last line that the process printed, or the one that says what it died of."""
+        """The exit code, and the last line that the process printed of an error."""
         assert self._process
-        self._process.wait()
+        code = self._process.wait()
         self._words.seek(0)
-        lines = [line.strip() for line in self._words.read().decode(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if "Check failed" in line or "Error" in line]
-        return (telling or lines or [f"exit code {self._process.returncode}"])[-1]
+        lines = self._words.read().decode(errors="replace").splitlines()
+        telling = [line.strip() for line in lines if "Check failed" in line or "Error" in line]
+        return f"exit code {code}" + (f": {telling[-1]}" if telling else "")
 
 
 JOINED: ContextVar[Driver | None] = ContextVar("JOINED", default=None)
@@ -157,8 +168,8 @@ def join_cluster(address: str | None = None) -> Iterator[Cluster]:
     Parameters
     ----------
     address
-        `auto`, HOST:PORT or ray://HOST:PORT of a cluster that runs. None takes the one that this process is in, or
-        starts one on this machine.
+        `auto`, or HOST:PORT of a cluster that runs and has this machine. None takes the one that this process is in,
+        or starts one on this machine.
 
     Raises
     ------
@@ -174,7 +185,7 @@ def join_cluster(address: str | None = None) -> Iterator[Cluster]:
     driver = Driver(address)
     token = JOINED.set(driver)
     try:
-        yield driver.start()
+        yield driver.look()
     finally:
         JOINED.reset(token)
         driver.stop()
@@ -224,10 +235,10 @@ def spread(
     """
     driver = JOINED.get()
     if driver is None:
-        with join_cluster(address) as cluster:
-            check_cluster(cluster, gpu=gpu)
+        with join_cluster(address):
             yield from spread(items, prepare=prepare, make_worker=make_worker, gpu=gpu)
         return
+    check_cluster(driver.look(), gpu=gpu)  # Ray would wait for ever
     version = featcache.__version__
     job = Job(items=items, prepare=prepare, make_worker=make_worker, gpu=gpu, version=version)
     crashed: dict[int, str] = {}
@@ -279,7 +290,7 @@ def check_cluster(cluster: Cluster, *, gpu: bool) -> None:
 
 
 def check_reachable(address: str) -> None:
-    """Whether somebody listens at an address; `auto` is Ray's to find.
+    """Whether somebody listens at an address of the right kind; `auto` is Ray's to find.
 
     Raises
     ------
@@ -288,10 +299,15 @@ def check_reachable(address: str) -> None:
     """
     if address == "auto":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise ClusterError(
+            f"--address {address} is for Ray's client, over which Ray Data does not run; run the same command on a "
+            f"machine of the cluster with --address auto, or by ray job submit"
+        )
+    host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=REACHABLE_SECONDS):
             pass
     except (OSError, ValueError, OverflowError) as error:
-        cure = "expected auto, HOST:PORT or ray://HOST:PORT of a running one, or no --address to start one here"
+        cure = "expected auto, HOST:PORT of a running one, or no --address to start one here"
         raise ClusterError(f"no Ray cluster at {address}: {error}; {cure}") from error

@@ -14,6 +14,7 @@ import pickle
 import queue
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ ROUND = 1 << 15
 WORKER_MEMORY = 256 << 20
 OBJECT_STORE = 2 << 30  # bytes, at most, of a cluster started here; Ray spills to disk what exceeds it
 SETUP_DEATHS = 16  # of workers one after the other: a machine may be lost while they are set up
+LONGEST_WORDS = 300
 STOP_SECONDS = 10.0  # for Ray to end its tasks when work is called off
 
 
@@ -85,7 +87,8 @@ def run_round(ray: Any, job: Job, start: int) -> Iterator[dict[str, Any]]:
             awaited.discard(int(row["position"]))
             yield row
     except ray.exceptions.RayError as error:
-        raise ClusterError(f"the Ray cluster failed: {describe_error(error).words}") from error
+        words = textwrap.shorten(describe_error(error).words, LONGEST_WORDS, placeholder=" ...")  # it can be a page
+        raise ClusterError(f"the Ray cluster failed: {words}") from error
     if awaited:
         raise ClusterError(f"{len(awaited)} of {n} items came back from the Ray cluster without an answer")
 

@@ -11,6 +11,7 @@ else a data set may be says `roots`.
 
 =========  ===================================================================================================
 roots      what paths are relative to: a local folder, or a source that is none
+texts      paths and digests by the million: packed, or left in their file
 listing    what a data set is: samples with labels, classes, splits and digests; what a person should know of it
 folders    folders of classes -> the names of their images, or clips
 hashing    files -> digests, read only where the file system does not say that they are as they were
@@ -51,6 +52,7 @@ from featcache.dataset.listing import (
 from featcache.dataset.roots import (
     Files,
     Item,
+    ReadOnce,
     Root,
     Source,
     check_root,
@@ -87,6 +89,7 @@ __all__ = [
     "KnownFiles",
     "Listing",
     "Names",
+    "ReadOnce",
     "Root",
     "Samples",
     "Source",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,11 @@ class HubSplit:
         return [one["filename"] for one in self.rows.cache_files]
 
 
+Stamps: TypeAlias = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
+# Opening takes long, and the workers of a cluster get a copy with every piece of work.
+_opened: dict[tuple[str, Stamps], dict[str, HubSplit]] = {}
+
+
 class HubRows(Source):
     """The rows of a data set.
 
@@ -73,6 +78,11 @@ class HubRows(Source):
         self.address = name if self._folder is None else f"{HUB}{self._folder.absolute()}"
         self._splits: dict[str, HubSplit] | None = None
         self._now: dict[str, tuple[tuple[int, ...], ...]] = {}  # stamps as they were seen last
+        self._stamps: Stamps = ()  # of what this is a copy of, from another process
+
+    def __getstate__(self) -> dict[str, Any]:
+        stamps = tuple((name, split.stamp) for name, split in (self._splits or {}).items())
+        return {**self.__dict__, "_splits": None, "_now": {}, "_stamps": stamps}
 
     def settle(self) -> Source:
         """The same, opened."""
@@ -89,6 +99,8 @@ class HubRows(Source):
         MissingExtraError
             If `datasets` is not installed.
         """
+        if self._splits is None and self._stamps:
+            self._splits = _opened.get((self.address, self._stamps))
         if self._splits is None:
             datasets = import_extra("datasets", extra="hf", what=f"{self} needs")
             found = self._load(datasets)
@@ -98,6 +110,8 @@ class HubRows(Source):
                 if (short := SPLIT_NAMES.get(name, name)) in self._splits:
                     raise DatasetError(f"{self} has more than one split {short}: {', '.join(splits)}")
                 self._splits[short] = open_split(datasets, rows, f"{self}, {name}" if name else str(self))
+            if self._stamps:
+                _opened[self.address, self._stamps] = self._splits
         return self._splits
 
     def _load(self, datasets: Any) -> Any:

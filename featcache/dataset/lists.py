@@ -6,12 +6,14 @@ relative path; anything else by its URL, file:///... on this machine. Reads no i
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -75,21 +77,28 @@ class ListedFiles(Source):
         """The rows of the list, in its order."""
         rows: dict[str, list[tuple[str, str]]] = {}
         first: dict[str, str] = {}
-        for row in read_rows(self.address, self.name):
-            path = self._name_path(row)
-            if path in first:
-                raise DatasetError(
-                    f"{self}: {row.where} has the path {row.path}, as {first[path]} has: expected each image once; "
-                    f"take one of them out"
-                )
-            first[path] = row.where
-            rows.setdefault(read_split(row, self.name), []).append((path, read_label(row, self.name)))
+        with closing(read_rows(self.address, self.name)) as lines:
+            for row in lines:
+                path = self._name_path(row)
+                if path in first:
+                    raise DatasetError(
+                        f"{self}: {row.where} has the path {row.path}, as {first[path]} has: expected each image once; "
+                        f"take one of them out"
+                    )
+                first[path] = row.where
+                rows.setdefault(read_split(row, self.name), []).append((path, read_label(row, self.name)))
         if not first:
             raise DatasetError(f"{self} is empty: expected a row for each image")
         self._others = frozenset(path for path in first if is_url(path))
         if any(not path.startswith(LOCAL) for path in self._others):
             self.readers = READERS
         return Found(settle_splits(rows, self.name))
+
+    def narrow(self, paths: Sequence[str]) -> Source:
+        """The same for these images."""
+        few = copy.copy(self)
+        few._others, few._seen = self._load_others().intersection(paths), {}
+        return few
 
     def _name_path(self, row: Row) -> str:
         """The name of a row's image."""
@@ -206,7 +215,7 @@ def settle_splits(rows: dict[str, list[tuple[str, str]]], where: str) -> dict[st
     return {name: rows[name] for name in ("", *SPLITS) if name in rows}
 
 
-def read_rows(address: str, name: str) -> Iterator[Row]:
+def read_rows(address: str, name: str) -> Generator[Row, None, None]:
     """The rows of a list.
 
     Parameters
@@ -230,32 +239,38 @@ def read_rows(address: str, name: str) -> Iterator[Row]:
 
 def read_text(file: IO[bytes], name: str) -> Iterator[Row]:
     """The rows of a .csv or .tsv file."""
-    names, lines = read_lines(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), name)
-    columns = choose_columns(names, name)
-    at = [names.index(columns[role]) if role in columns else None for role in COLUMNS]
-    for number, fields in lines:
-        yield Row(f"line {number}", *(None if i is None else fields[i] for i in at))
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        names, lines = read_lines(text, name)
+        columns = choose_columns(names, name)
+        at = [names.index(columns[role]) if role in columns else None for role in COLUMNS]
+        for number, fields in lines:
+            yield Row(f"line {number}", *(None if i is None else fields[i] for i in at))
 
 
 def read_json_lines(file: IO[bytes], name: str) -> Iterator[Row]:
     """The rows of a file with a JSON object in each line; the first one says which columns there are."""
     columns: dict[str, str] = {}
-    for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DatasetError(
-                f"{name}, line {number} is no JSON ({error}): expected an object in each line"
-            ) from error
-        if not isinstance(values, dict):
-            raise DatasetError(f"{name}, line {number} is no object: expected one with path and label in each line")
-        columns = columns or choose_columns(list(values), name)
-        found = [values.get(columns[role]) if role in columns else None for role in COLUMNS]
-        if "split" in columns and found[2] is None:
-            raise DatasetError(f"{name}: line {number} has no {columns['split']}, as the first line has")
-        yield Row(f"line {number}", *found)
+    with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            values = read_object(line, f"{name}, line {number}")
+            columns = columns or choose_columns(list(values), name)
+            found = [values.get(columns[role]) if role in columns else None for role in COLUMNS]
+            if "split" in columns and found[2] is None:
+                raise DatasetError(f"{name}: line {number} has no {columns['split']}, as the first line has")
+            yield Row(f"line {number}", *found)
+
+
+def read_object(line: str, where: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        values = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DatasetError(f"{where} is no JSON ({error}): expected an object in each line") from error
+    if not isinstance(values, dict):
+        raise DatasetError(f"{where} is no object: expected one with path and label in each line")
+    return values
 
 
 def read_parquet(file: IO[bytes], name: str) -> Iterator[Row]:

@@ -7,6 +7,7 @@ were; one that gives only a size and a time proves nothing, and its files are re
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import os
 import re
@@ -82,6 +83,10 @@ class SeenTree:
             return Seen(reason=GONE)
         return Seen(tuple(self._stats[i].tolist()), str(self._md5[i], "ascii"))
 
+    def narrow(self, names: Sequence[str]) -> SeenTree:
+        """What was said of these files alone."""
+        return SeenTree({name: seen for name in names if not (seen := self.find(name)).reason})
+
 
 class RemoteFolder(Source):
     """Folders of classes at a URL, laid out as local ones are.
@@ -98,9 +103,16 @@ class RemoteFolder(Source):
         check_url(url)
         self.name = self.address = url.rstrip("/")
         self._seen: SeenTree | None = None
+        self._is_narrow = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
+        return self.__dict__ if self._is_narrow else {**self.__dict__, "_seen": None}
+
+    def narrow(self, paths: Sequence[str]) -> Source:
+        """The same with what the store said of these files."""
+        few = copy.copy(self)
+        few._seen, few._is_narrow = None if self._seen is None else self._seen.narrow(paths), self._seen is not None
+        return few
 
     def settle(self) -> Source:
         """The same, or the tar shards that it holds."""
@@ -117,7 +129,7 @@ class RemoteFolder(Source):
         """The images, by one listing of the whole tree."""
         self._seen = list_tree(self.address)
         rows, ignored = find_files(self.address, False, Tree(self.address, self._seen))
-        return Found(rows, ignored, by_number=False)  # as local class folders are sorted
+        return Found(rows, ignored)
 
     def look(self, paths: Sequence[str]) -> tuple[Stats, list[str]]:
         """What the store said of N files when it listed them."""

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
@@ -59,7 +59,7 @@ class Found:
 
     rows: Mapping[str, Sequence[tuple[str, str]]]
     ignored: Sequence[str] = ()
-    by_number: bool = True
+    by_number: bool = False
 
 
 class Files(ABC):
@@ -128,6 +128,49 @@ class Source(Files):
     @abstractmethod
     def prove(self, path: str, data: bytes) -> tuple[int, ...]:
         """What will stand for these bytes, which were read just now; zeros if nothing proves that they are its."""
+
+    def narrow(self, paths: Sequence[str]) -> Source:
+        """The same for these samples alone: it is small, and knows of them what this one does, on any machine."""
+        del paths
+        return self
+
+
+class ReadOnce(Source):
+    """A source whose samples are read twice, to be hashed and to be decoded, and fetched once.
+
+    The bytes of a sample are kept from the first reading to the second. A copy in another process begins with none.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.name, self.address, self.readers = source.name, source.address, source.readers
+        self._source = source
+        self._kept: dict[str, bytes] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def find(self) -> Found:
+        """As the source does."""
+        return self._source.find()
+
+    def look(self, paths: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+        """As the source does."""
+        return self._source.look(paths)
+
+    def forget(self) -> None:
+        """As the source does."""
+        self._source.forget()
+
+    def prove(self, path: str, data: bytes) -> tuple[int, ...]:
+        """As the source does."""
+        return self._source.prove(path, data)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a sample, fetched if they are not kept."""
+        data = self._kept.pop(path, None)
+        if data is None:
+            data = self._kept[path] = self._source.read(path)
+        return data
 
 
 @dataclass(frozen=True)

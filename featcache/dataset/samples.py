@@ -146,7 +146,7 @@ def find_samples(data: Path | str, *, clips: bool = False) -> Samples:
 def _find(root: Root, clips: bool) -> Found:
     """Samples with their classes, by name."""
     if isinstance(root, Path):
-        return Found(*find_files(root, clips), by_number=False)  # as ImageFolder sorts classes
+        return Found(*find_files(root, clips))
     if clips:
         raise DatasetError(
             f"{root} is no local folder: expected one for clips, which decoders read from the disk; copy it, and name "

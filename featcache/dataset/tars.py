@@ -8,6 +8,7 @@ headers that lie and ends that are missing are told of, and nothing that a heade
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -70,6 +71,7 @@ class Sample:
     """What a tar has of one sample."""
 
     images: list[Member] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # images by the end of their names, under longer extensions
     labels: dict[str, str] = field(default_factory=dict)  # by extension
 
 
@@ -118,6 +120,10 @@ class Index:
         if i == len(self._names) or self._names[i] != wanted:
             return None
         return Member(name, *self._values[i].tolist())
+
+    def narrow(self, names: Sequence[str]) -> Index:
+        """Where these images alone lie."""
+        return Index([member for name in names if (member := self.find(name)) is not None])
 
 
 class TarShards(Source):
@@ -173,7 +179,7 @@ class TarShards(Source):
             raise DatasetError(
                 f"{self} has no images: expected members such as 0001.jpg and 0001.cls; `tar -tf` lists what is there"
             )
-        return Found({name: rows[name] for name in ("", *SPLITS) if rows.get(name)}, ignored)
+        return Found({name: rows[name] for name in ("", *SPLITS) if rows.get(name)}, ignored, by_number=True)
 
     def _look_through(self, name: str) -> Shard:
         address = self._name_shard(name)
@@ -182,6 +188,19 @@ class TarShards(Source):
         self._stamps[name] = shard.stamp, shard.is_settled
         self._now[name] = shard.stamp
         return shard
+
+    def narrow(self, paths: Sequence[str]) -> Source:
+        """The same with the places of these images."""
+        members: dict[str, list[str]] = {}
+        for path in paths:
+            shard, member = self._split_path(path)
+            members.setdefault(shard, []).append(member)
+        few, shards = copy.copy(self), self.list_shards()
+        few._shards = {name: shards[name] for name in members}
+        few._places = {name: self._places[name].narrow(members[name]) for name in members if name in self._places}
+        few._stamps = {name: self._stamps[name] for name in members if name in self._stamps}
+        few._now = {name: self._now[name] for name in members if name in self._now}
+        return few
 
     def _name_shard(self, name: str) -> str:
         return f"{self._base}/{name}"
@@ -320,7 +339,7 @@ def expand_brace(piece: str) -> Sequence[str]:
     """The choices of one pair of braces; any other text is the only choice."""
     if match := re.fullmatch(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}", piece):
         first, last = int(match[1]), int(match[2])
-        width = max(map(len, match.groups())) if any(text.startswith("0") for text in match.groups()) else 0
+        width = max(map(len, match.groups())) if any(re.match("0[0-9]", text) for text in match.groups()) else 0
         step = 1 if first <= last else -1
         if abs(last - first) >= MAX_SHARDS:
             raise DatasetError(f"{piece} names {abs(last - first) + 1} tars: expected {MAX_SHARDS:,} at most")
@@ -548,6 +567,9 @@ def take_member(member: Member, file: IO[bytes], samples: dict[str, Sample], ign
         ignored.append(member.name)
     elif extension in IMAGE_EXTENSIONS:
         samples.setdefault(key, Sample()).images.append(member)
+    elif extension.endswith(IMAGE_EXTENSIONS):  # such as 0001.mask.png beside 0001.jpg
+        samples.setdefault(key, Sample()).others.append(member.name)
+        ignored.append(member.name)
     elif extension in LABELS:
         sample = samples.setdefault(key, Sample())
         if extension in sample.labels:
@@ -612,6 +634,11 @@ def pair_up(samples: dict[str, Sample], ignored: list[str], address: str) -> Ite
         If one has several images, or no label.
     """
     for key, sample in samples.items():
+        if sample.others and not sample.images:
+            raise DatasetError(
+                f"{address}: {sample.others[0]} has a dot within its name, with which its extension begins: expected "
+                f"{key}.jpg or the like; write the tar without such dots"
+            )
         if not sample.images:
             ignored += [f"{key}{extension}" for extension in sample.labels]
             continue

@@ -14,7 +14,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -24,7 +24,7 @@ from featcache.errors import CacheError
 TextArray: TypeAlias = NDArray[np.bytes_]  # (N,) S<width>
 BLOCK_TEXTS = 1 << 14  # that are worked on at a time
 FOUND_TEXTS = 1 << 16  # that are looked for at a time
-SPARSE = 64  # rows of a file per one that is wanted, above which each is read alone
+SPARSE = 256  # rows of a file per one that is wanted, above which each is read alone
 MANY_TEXTS = 1 << 16  # from which on they are worth packing
 DIGEST_BYTES = 32
 _ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
@@ -51,7 +51,7 @@ class TextColumn(Sequence[str]):
         """One text, or those of a slice."""
         if isinstance(row, slice):
             rows = range(len(self))[row]
-            return self.cut(rows.start, max(rows.stop, rows.start)) if rows.step == 1 else self.take(np.array(rows))
+            return self.cut(rows.start, max(rows.stop, rows.start)) if rows.step == 1 else self.take(np.array(rows, np.intp))
         at = range(len(self))[operator.index(row)]
         return decode(self._find_one(at))
 
@@ -171,6 +171,13 @@ class HexTexts(TextColumn):
         return texts if self._filled is None else np.where(self._filled[rows], texts, np.bytes_())
 
 
+class ReadableFile(Protocol):
+    """What texts are read from."""
+
+    def read(self, size: int, offset: int) -> bytes:
+        """So many bytes from `offset` on; from several threads at once, if wanted. CacheError if they are not there."""
+
+
 class OpenFile:
     """A file that stays open until nobody needs it any more, whoever else closes it or takes its name."""
 
@@ -179,21 +186,35 @@ class OpenFile:
         weakref.finalize(self, os.close, self.descriptor)
 
     def read(self, size: int, offset: int) -> bytes:
-        """So many bytes from `offset` on; from several threads at once, if wanted.
+        """So many bytes from `offset` on.
 
         Raises
         ------
         CacheError
             If the file ends before.
         """
-        pieces, left = [], size
-        while left:
-            piece = os.pread(self.descriptor, left, offset + size - left)
-            if not piece:
-                raise CacheError(f"{self.path} ends before its columns do ({size:,} bytes wanted); extract again")
-            pieces.append(piece)
-            left -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return _read_bytes(self.descriptor, size, offset, self.path)
+
+
+class NamedFile:
+    """A file that never changes, opened whenever it is read: there may be more of them than can be open at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, size: int, offset: int) -> bytes:
+        """So many bytes from `offset` on.
+
+        Raises
+        ------
+        CacheError
+            If the file is gone, or ends before.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                return _read_bytes(file.fileno(), size, offset, self.path)
+        except OSError as error:
+            raise CacheError(f"{self.path} cannot be read: {error.strerror}; run the same command again") from error
 
 
 class StoredTexts(TextColumn):
@@ -211,7 +232,7 @@ class StoredTexts(TextColumn):
         How many there are, and the bytes of each.
     """
 
-    def __init__(self, file: OpenFile, offset: int, n: int, width: int) -> None:
+    def __init__(self, file: ReadableFile, offset: int, n: int, width: int) -> None:
         self._file, self._offset, self._n, self._width = file, offset, n, width
         self._last: tuple[int, TextArray] = (0, np.empty(0, f"S{width}"))  # replaced as one: threads may share it
 
@@ -458,6 +479,18 @@ class TextSet(Set[str]):
 def _list_rows(rows: NDArray[np.integer] | NDArray[np.bool_]) -> NDArray[np.integer]:
     """The numbers of rows, or those where a mask is true."""
     return np.flatnonzero(rows) if rows.dtype == np.bool_ else rows.astype(np.intp, copy=False)
+
+
+def _read_bytes(descriptor: int, size: int, offset: int, path: Path | str) -> bytes:
+    """So many bytes of a file from `offset` on, or a CacheError."""
+    pieces, left = [], size
+    while left:
+        piece = os.pread(descriptor, left, offset + size - left)
+        if not piece:
+            raise CacheError(f"{path} ends before its columns do ({size:,} bytes wanted); extract again")
+        pieces.append(piece)
+        left -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _encode_or_none(text: str) -> bytes | None:

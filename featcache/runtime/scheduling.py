@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from featcache.errors import BadImage
 from featcache.images import Batch, ImageRows
@@ -81,11 +80,10 @@ class RowsAhead:
 
     def make_batch(self, piece: range) -> Batch:
         """The batch of some rows, decoded now where they are not yet."""
-        return self.rows.collate([self._take(row) for row in piece])
-
-    def _take(self, row: int) -> tuple[int, Tensor | str, int]:
-        future = self._futures.pop(row, None)
-        return self.rows[row] if future is None else future.result()
+        ahead = {row: future for row in piece if (future := self._futures.pop(row, None)) is not None}
+        rest = [row for row in piece if row not in ahead]
+        items = dict(zip(rest, self.rows.__getitems__(rest), strict=True))  # together: they may be read from far away
+        return self.rows.collate([items[row] if row in items else ahead[row].result() for row in piece])
 
 
 def run_on_cores(engine: Engine, ahead: RowsAhead, batch_size: int, n_threads: int) -> Iterator[Outputs]:

@@ -22,7 +22,9 @@ from featcache.dataset import (
     KnownFiles,
     Listing,
     Names,
+    ReadOnce,
     Samples,
+    Source,
     find_samples,
     hash_groups,
     hash_samples,
@@ -233,14 +235,16 @@ def read_piece(order: Order, samples: Samples) -> Piece:
 
     What was found out is kept in parts beside the output.
     """
-    output = order.plan.output
+    output, root = order.plan.output, samples.root
+    if isinstance(root, Source) and root.readers > 1:
+        samples = replace(samples, root=(root := ReadOnce(root)))
     splits, bad = hash_groups(
         samples,
         progress=SILENT,
         known=order.known,
         keep=lambda stats, digests: keep_files(parts_path(output), stats, digests),
     )
-    listing = replace(order.plan.listing, splits=splits, bad=tuple(bad))
+    listing = replace(order.plan.listing, root=root, splits=splits, bad=tuple(bad))
     views = order.plan.views
     return Piece(
         listing=listing,

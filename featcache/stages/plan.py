@@ -314,7 +314,7 @@ def make_plan(
         progress.say(f"WARNING: {path} is damaged; its rows are computed again")
     views = settle_views(config, settled.old)
     there = list_digests(sources, views, distrust=config.rehash)
-    missing = find_missing(listing, views, DigestTable([*there, *(part.columns["digests"] for part in parts)]))
+    missing = find_missing(listing, views, DigestTable([*there, *(part.digests for part in parts)]))
     n_new = len(missing)
     if parts:  # what an earlier try has made is counted too: the same runtime is to go on with it
         n_new = count_missing(listing, views, DigestTable(there))

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import check_parts, keep_bad, keep_done, list_done
+from featcache.cache import check_parts, keep_bad, keep_done, list_done, list_jobs
 from featcache.config import FEATURES_FILE, ExtractConfig
-from featcache.errors import BadImage, BadImagesError, OutputBusyError
+from featcache.dataset import Source
+from featcache.errors import BadImage, BadImagesError, CacheError, OutputBusyError, UnfinishedError
 from featcache.metering import Meter, PeakMemory
 from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from featcache.stages.compute import RowKeeper
 
 PIECE_IMAGES = 16_384  # that are read, and then computed, at a time
+FAR_IMAGES = 2_048  # of what is fetched over a network, and kept in memory from the one to the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +215,9 @@ class ShareRun:
 
     def run(self, rows: NDArray[np.int64], progress: Progress) -> Iterator[Any]:
         """Compute what is missing of these samples; gives what came out, and what was there, for a progress bar."""
-        starts = range(0, len(rows), PIECE_IMAGES)
-        pieces = [self._order.samples.take(rows[start : start + PIECE_IMAGES]) for start in starts]
+        far = isinstance(self._order.samples.root, Source) and self._order.samples.root.readers > 1
+        step = FAR_IMAGES if far else PIECE_IMAGES
+        pieces = [self._order.samples.take(rows[start : start + step]) for start in range(0, len(rows), step)]
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(read_piece, self._order, piece) for piece in pieces[:1]]
             for number, _ in enumerate(pieces):
@@ -259,4 +262,10 @@ def _merge(data: Path | str, output: Place, config: ExtractConfig, progress: Pro
         return merge_shards(output, data=data, skip_bad=config.skip_bad, force=config.force, progress=progress)
     except OutputBusyError as error:
         progress.say(f"{error}: the file is being put together there")
-        return None
+    except UnfinishedError:
+        raise
+    except CacheError as error:  # where nothing can be locked, it has just been put together, and the parts are gone
+        if list_jobs(output):
+            raise
+        progress.say(f"another shard has put {output} together ({error})")
+    return None

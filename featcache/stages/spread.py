@@ -81,7 +81,7 @@ def extract_on_cluster(
         check_cluster(cluster, gpu=gpu)
         progress.say(f"{describe_network(order.plan, config)}; Ray: {cluster}")
         for attempt in range(ROUNDS):
-            computed = run_order(order, config, progress, gpu=gpu)
+            run = run_order(order, config, progress, gpu=gpu)
             try:
                 extraction = assemble(order.job, output, config, progress, meter, memory, data=data)
             except UnfinishedError:  # files have changed meanwhile
@@ -89,12 +89,12 @@ def extract_on_cluster(
                     raise
                 order = place_order(data, output, config, progress, given)
             else:
-                return replace(extraction, computed=computed)
+                return replace(extraction, computed=run.computed)
     raise AssertionError
 
 
-def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: bool) -> int:
-    """Have everything computed that is missing; gives how many rows were."""
+def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: bool) -> ClusterRun:
+    """Have everything computed that is missing."""
     plan, memory = order.plan, PeakMemory()
     unfinished = find_unfinished(order)
     items = cut_items(order, unfinished)
@@ -107,11 +107,11 @@ def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: b
     machine = {
         "device": str(plan.device),
         "runtime": run.runtime,
-        "peak_memory_bytes": memory.read(),
+        "peak_memory_bytes": max(filter(None, (run.peak_memory_bytes, memory.read())), default=None),
         "environment": describe_environment(),
     }
     keep_done(plan.output, plan.key, order.names_sha256, (1, 1), machine)
-    return run.computed
+    return run
 
 
 def find_unfinished(order: Order) -> NDArray[np.int64]:
@@ -138,7 +138,15 @@ def cut_items(order: Order, rows: NDArray[np.int64]) -> list[Samples]:
     each = math.prod(preprocessing.input_shape) * views
     step = min(ITEM_IMAGES, max(ITEM_BYTES // each, 1), max(-(-len(rows) // FEW_ITEMS), LEAST_IMAGES))
     light = replace(order.samples, classes=(), ignored=())
-    return [light.take(rows[start : start + step]) for start in range(0, len(rows), step)]
+    return [narrow(light.take(rows[start : start + step])) for start in range(0, len(rows), step)]
+
+
+def narrow(samples: Samples) -> Samples:
+    """The same with a root that knows of no others: it travels with each item."""
+    if isinstance(samples.root, Path):
+        return samples
+    paths = [path for names in samples.groups.values() for path in names.paths]
+    return replace(samples, root=samples.root.narrow(paths))
 
 
 class ClusterRun:
@@ -150,24 +158,25 @@ class ClusterRun:
         Rows that went through the network.
     runtime
         Which one it came to be; "" if there was nothing to compute.
+    peak_memory_bytes
+        The most that a worker took; None where nobody says.
+    prepare, make_worker
+        What tasks and workers do, see `featcache.cluster.spread`.
     """
 
     def __init__(self, order: Order, config: ExtractConfig, *, gpu: bool) -> None:
         self.computed, self.runtime = 0, ""
+        self.peak_memory_bytes: int | None = None
         self._order, self._gpu = order, gpu
         plan = order.plan
-        bare = replace(plan, old=None, sources=(), parts=())
-        light = Order(
-            job=order.job,
-            samples=order.samples.take(np.empty(0, np.int64)),
-            plan=bare,
-            table=DigestTable([]),
-            known=NOTHING_KNOWN,
-        )
+        nobody = narrow(order.samples.take(np.empty(0, np.int64)))
+        listing = replace(plan.listing, root=nobody.root, classes=())
+        bare = replace(plan, listing=listing, old=None, sources=(), parts=())
+        light = Order(job=order.job, samples=nobody, plan=bare, table=DigestTable([]), known=NOTHING_KNOWN)
         reader = replace(light, plan=replace(bare, backbone=None))
         assert plan.backbone
-        self._prepare = partial(prepare_item, reader, plan.backbone.preprocessing)
-        self._make_worker = partial(make_worker, bare, replace(config, workers=0, device="cuda" if gpu else "cpu"))
+        self.prepare = partial(prepare_item, reader, plan.backbone.preprocessing)
+        self.make_worker = partial(make_worker, bare, replace(config, workers=0, device="cuda" if gpu else "cpu"))
 
     def run(self, items: Sequence[Samples]) -> Iterator[Outcome]:
         """Carry all of them out.
@@ -184,10 +193,11 @@ class ClusterRun:
                 yield from self._run_one_by_one(item)
 
     def _spread(self, items: Sequence[Samples]) -> Iterator[Outcome]:
-        answers = spread(items, prepare=self._prepare, make_worker=self._make_worker, gpu=self._gpu)
+        answers = spread(items, prepare=self.prepare, make_worker=self.make_worker, gpu=self._gpu)
         for answer in answers:
             self.computed += answer["computed"]
             self.runtime = self.runtime or answer["runtime"]
+            self.peak_memory_bytes = max(filter(None, (self.peak_memory_bytes, answer["peak"])), default=None)
             yield Outcome(answer["rows"], [BadImage(*one) for one in answer["bad"]])
 
     def _run_one_by_one(self, item: Samples) -> Iterator[Outcome]:
@@ -248,6 +258,7 @@ class Worker:
     def __init__(self, plan: Plan, config: ExtractConfig) -> None:
         self._plan, self._config = replace(plan, device=torch.device(config.device)), config
         self._execution: Execution | None = None
+        self._memory = PeakMemory()
 
     def __call__(self, prepared: Prepared) -> Answer:
         """Compute what was prepared and keep it, before it is told of."""
@@ -265,6 +276,7 @@ class Worker:
             "rows": prepared["wanted"],
             "computed": keeper.n_rows,
             "runtime": self._execution.runtime if self._execution else "",
+            "peak": self._memory.read(),
             "bad": [*prepared["unreadable"], *map(tuple, keeper.bad)],
         }
 
