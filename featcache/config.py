@@ -201,7 +201,7 @@ class ExtractConfig(ImageSettings):
     engine
         What deals out the work: "local", this process, or "ray", a cluster of Ray's.
     address
-        Of the cluster, as Ray has it ("auto", HOST:PORT, ray://HOST:PORT); None starts one on this machine.
+        Of the cluster, as Ray has it ("auto" or HOST:PORT); None starts one on this machine.
     """
 
     RESULT: ClassVar[tuple[str, ...]] = ("backbone", "weights", "val_fraction", "seed", "store")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from featcache.errors import (
     StaleCacheError,
     UnfinishedError,
 )
+from featcache.progress import Progress
 from featcache.shards import Shard, is_one_of_several, parse_shard
+from featcache.stages import share
 from featcache.stages.extract import extract_features
 from featcache.stages.merge import merge_shards
 from featcache.stages.share import ShardExtraction, extract_shard
@@ -257,6 +260,51 @@ def test_merge_twice_is_as_good_as_once(photos: Path, tmp_path: Path, tiny: type
     assert last.extraction
     assert again.cache.content_sha256 == last.extraction.cache.content_sha256
     assert (tmp_path / "f.h5").read_bytes() == before
+
+
+def test_a_copy_of_a_share_that_ends_after_the_merge_leaves_nothing(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, original = tmp_path / "f.h5", share.keep_done
+
+    def be_overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(share, "keep_done", original)
+        faster = run_share(photos, output, "2/2")
+        assert faster.extraction
+        original(*arguments)
+
+    run_share(photos, output, "1/2")
+    monkeypatch.setattr(share, "keep_done", be_overtaken)
+    slower = run_share(photos, output, "2/2")
+    assert slower.computed == slower.rows == 9
+    assert slower.extraction
+    assert not parts_path(output).exists()
+    assert [path.name for path in tmp_path.glob("f.h5*")] == ["f.h5"]
+
+
+def test_an_interrupt_does_not_wait_for_what_is_read_ahead(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(share, "PIECE_IMAGES", 4)
+    read, begun = share.read_piece, []
+
+    def read_slowly(order: Any, samples: Any, progress: Progress) -> Any:
+        begun.append(samples)
+        if len(begun) > 1:
+            for _ in progress.track(range(10_000), total=None, what="reading"):
+                time.sleep(0.01)
+        return read(order, samples, progress)
+
+    def interrupt(self: Any, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(share, "read_piece", read_slowly)
+    monkeypatch.setattr("featcache.stages.compute.RowKeeper.take", interrupt)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_share(photos, tmp_path / "f.h5", "1/1")
+    assert len(begun) == 2
+    assert time.monotonic() - started < 50  # it would have read for 100 s
 
 
 def test_nothing_to_merge_is_said(tmp_path: Path) -> None:

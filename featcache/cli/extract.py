@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     "--address",
     default=None,
     metavar="WHERE",
-    help="Of that cluster: auto, HOST:PORT or ray://HOST:PORT.  [default: one is started on this machine]",
+    help="Of that cluster: auto or HOST:PORT.  [default: one is started on this machine]",
 )
 @option("--dry-run", is_flag=True, help="Only say what would be computed, how long it takes, how large the file gets.")
 @json_option

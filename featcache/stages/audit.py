@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache import files
-from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache
+from featcache.cache import FeatureCache, check_complete, open_readers, read_cache
 from featcache.config import RUNS_DIR, AuditConfig, HeadConfig, name_option
 from featcache.dataset import describe_data, reopen_root
 from featcache.errors import DatasetError, OutputError
@@ -243,8 +243,8 @@ def check_replaceable(output: Path) -> None:
 
 def check_memory(features: Place | str) -> None:
     """Raise a DatasetError if an audit of these features would take more memory than is free, where that is known."""
-    with CacheReader(features) as reader:
-        n_numbers = sum(int(np.prod(reader.shape_of(split))) for split in reader.cache.splits)
+    with open_readers(features) as readers:
+        n_numbers = sum(int(np.prod(reader.shape_of(split))) for reader in readers for split in reader.lengths)
     free, needed = files.find_free_memory(), COPIES * 4 * n_numbers
     if free is not None and needed > free:
         raise DatasetError(

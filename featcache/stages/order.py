@@ -230,7 +230,7 @@ def read_job_config(job: Job, **settings: Any) -> ExtractConfig:
     return ExtractConfig(**{**lists, **settings})
 
 
-def read_piece(order: Order, samples: Samples) -> Piece:
+def read_piece(order: Order, samples: Samples, progress: Progress = SILENT) -> Piece:
     """Read some of the samples, where nothing is known of them, and see what is missing.
 
     What was found out is kept in parts beside the output.
@@ -240,7 +240,7 @@ def read_piece(order: Order, samples: Samples) -> Piece:
         samples = replace(samples, root=(root := ReadOnce(root)))
     splits, bad = hash_groups(
         samples,
-        progress=SILENT,
+        progress=progress,
         known=order.known,
         keep=lambda stats, digests: keep_files(parts_path(output), stats, digests),
     )

@@ -19,6 +19,7 @@ from featcache.cache import (
     describe_differences,
     hash_extractor,
     keep_files,
+    list_members,
     list_parts,
     make_known_files,
     name_network,
@@ -42,7 +43,7 @@ from featcache.dataset import (
 from featcache.errors import BadImage, SettingsError, StaleCacheError
 from featcache.progress import SILENT, Progress
 from featcache.recall import Start, is_known, keep_known
-from featcache.storage import Place, locate
+from featcache.storage import Place
 from featcache.views import NO_VIEWS, Views
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ def open_sources_of(settled: Settled, output: Place, config: ExtractConfig) -> d
     StaleCacheError
         If one to reuse was made by another extractor.
     """
-    others = {locate(path): open_cache(path) for path in config.reuse}
+    others = {path: open_cache(path) for named in config.reuse for path in list_members(named)}
     for path, cache in others.items():
         check_complete(cache, path)
         if not can_serve(cache.extractor, settled.extractor):

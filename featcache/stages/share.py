@@ -7,16 +7,16 @@ whoever computes it, and a part is whole or not there. The last one to finish pu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import check_parts, keep_bad, keep_done, list_done, list_jobs
+from featcache.cache import check_parts, keep_bad, keep_done, keep_job, list_done, list_jobs, open_cache
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Source
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputBusyError, UnfinishedError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from featcache.runtime import Execution
     from featcache.stages.compute import RowKeeper
 
+T = TypeVar("T")
 PIECE_IMAGES = 16_384  # that are read, and then computed, at a time
 FAR_IMAGES = 2_048  # of what is fetched over a network, and kept in memory from the one to the other
 
@@ -81,6 +82,27 @@ class Found:
 
     def __len__(self) -> int:
         return self.cached
+
+
+class Stoppable(Progress):
+    """Says nothing, and ends what goes through it once it is stopped: reading ahead, when nobody wants it any more."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+
+    def stop(self) -> None:
+        """End it at the next item."""
+        self._stopped = True
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, unit: str = "img", done: int = 0
+    ) -> Iterator[T]:
+        """Pass `items` through."""
+        del total, what, unit, done
+        for item in items:
+            if self._stopped:
+                raise CancelledError
+            yield item
 
 
 def extract_shard(
@@ -136,7 +158,7 @@ def extract_shard(
     remember_extractor(order.plan, config, start)
     done = {number for number, count in list_done(output, order.plan.key, order.names_sha256) if count == share.count}
     unfinished = tuple(number for number in range(1, share.count + 1) if number not in done)
-    extraction = None if unfinished else _merge(data, output, config, progress)
+    extraction = _merge(data, output, config, progress, order) if not unfinished or _is_there(order) else None
     if bad and not config.skip_bad:
         raise BadImagesError(bad)
     return ShardExtraction(
@@ -218,12 +240,17 @@ class ShareRun:
         far = isinstance(self._order.samples.root, Source) and self._order.samples.root.readers > 1
         step = FAR_IMAGES if far else PIECE_IMAGES
         pieces = [self._order.samples.take(rows[start : start + step]) for start in range(0, len(rows), step)]
+        reading = Stoppable()
         with ThreadPoolExecutor(1) as pool:
-            ahead = [pool.submit(read_piece, self._order, piece) for piece in pieces[:1]]
-            for number, _ in enumerate(pieces):
-                piece = ahead.pop().result()
-                ahead += [pool.submit(read_piece, self._order, one) for one in pieces[number + 1 : number + 2]]
-                yield from self._run_piece(piece, progress)
+            try:
+                ahead = [pool.submit(read_piece, self._order, one, reading) for one in pieces[:1]]
+                for number, _ in enumerate(pieces):
+                    piece = ahead.pop().result()
+                    following = pieces[number + 1 : number + 2]
+                    ahead += [pool.submit(read_piece, self._order, one, reading) for one in following]
+                    yield from self._run_piece(piece, progress)
+            finally:
+                reading.stop()
 
     def _run_piece(self, piece: Piece, progress: Progress) -> Iterator[Any]:
         from featcache.stages.compute import find_paths, make_rows
@@ -234,10 +261,8 @@ class ShareRun:
             return
         plan = replace(self._order.plan, listing=piece.listing, missing=piece.missing)
         assert plan.backbone
-        rows, paths = (
-            make_rows(plan, piece.missing, plan.backbone.preprocessing),
-            find_paths(piece.listing, piece.missing),
-        )
+        rows = make_rows(plan, piece.missing, plan.backbone.preprocessing)
+        paths = find_paths(piece.listing, piece.missing)
         for output in self._prepare(plan, progress).run(rows):
             self._keeper.take(output, piece.missing, paths)
             yield output
@@ -256,14 +281,27 @@ class ShareRun:
         return self._execution
 
 
-def _merge(data: Path | str, output: Place, config: ExtractConfig, progress: Progress) -> Extraction | None:
+def _is_there(order: Order) -> bool:
+    """Whether somebody has put a file together while this share was computed: it was a copy of one that was faster."""
+    output, old = order.plan.output, order.plan.old
+    if not output.is_file():
+        return False
+    now = open_cache(output)
+    return now.key == order.plan.key and (old is None or now.content_sha256 != old.content_sha256)
+
+
+def _merge(
+    data: Path | str, output: Place, config: ExtractConfig, progress: Progress, order: Order
+) -> Extraction | None:
     """The whole, put together; None if another share that finished at the same moment is at it."""
+    keep_job(output, order.job)  # NOTE: gone where it was put together before; what this share left is tidied up now
     try:
         return merge_shards(output, data=data, skip_bad=config.skip_bad, force=config.force, progress=progress)
     except OutputBusyError as error:
         progress.say(f"{error}: the file is being put together there")
     except UnfinishedError:
-        raise
+        if not _is_there(order):
+            raise
     except CacheError as error:  # where nothing can be locked, it has just been put together, and the parts are gone
         if list_jobs(output):
             raise

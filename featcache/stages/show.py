@@ -18,7 +18,7 @@ from torch import Tensor
 from featcache import files
 from featcache.augmentation import make_mix, make_training_transform, seeded
 from featcache.backbones import describe_preprocessing
-from featcache.cache import FeatureCache, open_cache
+from featcache.cache import FeatureCache, is_index, open_cache
 from featcache.cache.reading import format_command
 from featcache.config import ExtractConfig, FinetuneConfig, ShowConfig, name_option
 from featcache.dataset import (
@@ -358,8 +358,19 @@ def say_without_views(target: Place, cache: FeatureCache, split: str) -> str:
     """Why a cache shows no views, and what to do."""
     if cache.extractor["preprocessing"] is None:
         return f"{target} holds no views: its features are imported; `featcache show IMAGE` draws views of a file"
-    more = f"{format_command(target, cache.provenance)} --{'views' if split == 'train' else 'test-views'} 4"
-    return f"{target} holds no views of its {split} images; `{more}` adds some, `featcache show IMAGE` draws others"
+    option = f"--{'views' if split == 'train' else 'test-views'} 4"
+    more = f"`{format_command(target, cache.provenance)} {option}`"
+    if is_index(target):
+        more = f"`featcache extract ... {option}` into each of its caches, and `featcache index` again,"
+    return f"{target} holds no views of its {split} images; {more} adds some, `featcache show IMAGE` draws others"
+
+
+def say_again(target: Place, cache: FeatureCache) -> str:
+    """How what is new gets into a cache."""
+    command = format_command(target, cache.provenance)
+    if is_index(target):
+        return f"extract the cache that it is in again, and `{command}`"
+    return f"`{command}` takes in what is new"
 
 
 def name_view(rows: ViewRows, digest: str, number: int | None, seed: int) -> str:
@@ -385,10 +396,7 @@ def find_split(cache: FeatureCache, digest: str, target: Place, image: str) -> s
     for name, split in cache.splits.items():
         if digest in split.listing.digests:
             return name
-    raise CacheError(
-        f"{image} is none of the images of {target}, or has changed since; "
-        f"`{format_command(target, cache.provenance)}` takes in what is new"
-    )
+    raise CacheError(f"{image} is none of the images of {target}, or has changed since; {say_again(target, cache)}")
 
 
 def look_at_predictions(run: Path, config: ShowConfig) -> Look:
@@ -493,6 +501,11 @@ def find_root(stated: str | None, recorded: str, target: Place) -> Root:
     if names_source(text):
         return open_root(text)
     root = Path(text)
+    if stated is None and is_index(locate(text)):
+        raise of_kind(target)(
+            f"the images of {target} lie in several places that are no folders; `featcache show CACHE.h5` shows those "
+            f"of one of the caches in {text}"
+        )
     if not root.is_dir():
         raise of_kind(target)(f"the images of {target} are no longer at {root}; say where they are with --data DIR")
     return root
@@ -526,8 +539,7 @@ def check_unchanged(target: Place, cache: FeatureCache, root: Root, listing: Spl
     for i in chosen:
         if hash_image(root, listing.paths[i]) != listing.digests[i]:
             raise CacheError(
-                f"{root / listing.paths[i]} has changed since {target} was made; "
-                f"`{format_command(target, cache.provenance)}` takes in what is new"
+                f"{root / listing.paths[i]} has changed since {target} was made; {say_again(target, cache)}"
             )
 
 

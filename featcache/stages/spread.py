@@ -7,7 +7,7 @@ folder of parts, never of the cluster. The driver reads no image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featcache.cache import DigestTable, keep_bad, keep_done
+from featcache.cache import DigestTable, keep_bad, keep_done, read_bad
 from featcache.cluster import TRIES, Answer, Prepared, Work, check_cluster, join_cluster, spread
 from featcache.config import ExtractConfig
 from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
@@ -96,7 +96,8 @@ def extract_on_cluster(
 def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: bool) -> ClusterRun:
     """Have everything computed that is missing."""
     plan, memory = order.plan, PeakMemory()
-    unfinished = find_unfinished(order)
+    given_up = read_bad(plan.output, plan.key) if config.skip_bad else {}  # else they are tried once more
+    unfinished = find_unfinished(order, given_up)
     items = cut_items(order, unfinished)
     done = order.count_rows(order.samples) - sum(order.count_rows(item) for item in items)
     run = ClusterRun(order, config, gpu=gpu)
@@ -114,8 +115,11 @@ def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: b
     return run
 
 
-def find_unfinished(order: Order) -> NDArray[np.int64]:
-    """Numbers of the samples of which not all rows are known to be there; no file is read for it."""
+def find_unfinished(order: Order, given_up: Collection[str]) -> NDArray[np.int64]:
+    """Numbers of the samples of which not all rows are known to be there; no file is read for it.
+
+    Images, by their digests, that were given up count as finished.
+    """
     everyone = np.arange(len(order.samples), dtype=np.int64)
     if not len(order.table) or not len(order.known):
         return everyone
@@ -125,7 +129,8 @@ def find_unfinished(order: Order) -> NDArray[np.int64]:
         some = digests[start : start + len(names)]
         rows = order.plan.views.name_rows(some, order.plan.views.count(name))
         found = order.table.find(rows.reshape(-1)).reshape(rows.shape) >= 0
-        finished[start : start + len(names)] = found.all(axis=1) & (np.array(some, "S64") != b"")
+        bad = np.array([digest in given_up for digest in some], np.bool_)
+        finished[start : start + len(names)] = (found.all(axis=1) | bad) & (np.array(some, "S64") != b"")
         start += len(names)
     return everyone[~finished]
 

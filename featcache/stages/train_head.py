@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from featcache import files
 from featcache.bundle import measure_size, save_head
-from featcache.cache import CacheReader, FeatureCache, check_complete, read_cache, stream_cache
+from featcache.cache import FeatureCache, check_complete, open_readers, read_cache, stream_cache
 from featcache.config import RUNS_DIR, HeadConfig, is_imported, name_option
 from featcache.dataset import check_classes_filled, describe_data
 from featcache.errors import OutputError, SettingsError
@@ -171,9 +171,11 @@ def check_settings(config: HeadConfig) -> None:
 
 def fits_in_memory(features: Place | str, config: HeadConfig) -> bool:
     """Whether the training rows, as they are and standardised, take at most half of the free memory, if it is known."""
-    with CacheReader(features) as reader:
-        shapes = [reader.shape_of("train", column) for column in reader.list_features("train")]
-    free, needed = find_free_memory(), 2 * 4 * sum(map(math.prod, shapes if config.views is not False else shapes[:1]))
+    with open_readers(features) as readers:
+        columns = readers[0].list_features("train")
+        used = columns if config.views is not False else columns[:1]
+        shapes = [reader.shape_of("train", column) for reader in readers for column in used]
+    free, needed = find_free_memory(), 2 * 4 * sum(map(math.prod, shapes))
     return free is None or needed <= free / 2
 
 
