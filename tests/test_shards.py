@@ -6,11 +6,12 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COLOURS, TinyFamily, fill_class
+from conftest import COLOURS, Outcome, TinyFamily, fill_class
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -385,3 +386,69 @@ def test_parts_of_shares_are_whole_and_hold_each_row_once(photos: Path, tmp_path
     parts, damaged = list_parts(output, "rows", list_jobs(output)[0].key)
     assert not damaged
     assert sum(map(len, parts)) == 12
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+OPTIONS = ("--backbone", "tiny", "--weights", "none", "--runtime", "eager", "--workers", "0", "--batch-size", "4")
+
+
+def test_the_commands_say_what_was_done_and_what_is_left(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], cli: Callable[..., Outcome]
+) -> None:
+    first = cli("extract", photos, "-o", tmp_path / "f.h5", "--shard", "2/2", *OPTIONS)
+    assert first.code == 0
+    assert "shard 2/2, 9 rows, 9 computed" in first.out
+    assert "1 of 2 shards have finished" in first.out
+    assert "shard 2/2: 9 images" in first.err
+    early = cli("merge", tmp_path / "f.h5")
+    assert early.code == 1
+    assert "of 2 shards 1 has not come to the end; run `featcache extract DATA --shard 1/2" in early.err
+    last = cli("extract", photos, "-o", tmp_path / "f.h5", "--shard", "1/2", "--json", *OPTIONS)
+    assert last.code == 0
+    assert last.json["shard"] == [1, 2]
+    assert (last.json["rows"], last.json["computed"], last.json["unfinished"]) == (9, 9, [])
+    assert last.json["merged"]["rows"] == 18
+    again = cli("merge", tmp_path / "f.h5", "--json")
+    assert (again.code, again.json["rows"], again.json["computed"]) == (0, 18, 0)
+
+
+def test_images_left_out_of_a_share_are_named_and_the_exit_code_says_so(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], cli: Callable[..., Outcome]
+) -> None:
+    (photos / "train" / "red" / "photo_002.jpg").write_bytes(b"no image")
+    command = ["extract", photos, "-o", tmp_path / "f.h5", "--skip-bad", *OPTIONS]
+    codes = {number: cli(*command, "--shard", f"{number}/3").code for number in (1, 2, 3)}
+    theirs = next(number for number in (1, 2, 3) if 8 in Shard(number, 3).list_rows(18))
+    assert codes[theirs] == 3
+    assert codes[3] == 3  # it put the whole together
+    assert cli("merge", tmp_path / "f.h5", "--skip-bad").code == 0  # there is nothing left to be done
+    assert len(open_cache(tmp_path / "f.h5")) == 17
+
+
+def test_processes_of_torchrun_share_the_work_unasked(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli("extract", photos, "-o", tmp_path / "f.h5", *OPTIONS).code == 0
+    assert len(open_cache(tmp_path / "f.h5")) == 18
+
+
+def test_a_share_that_nobody_names_is_a_usage_mistake(
+    photos: Path, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    outcome = cli("extract", photos, "-o", tmp_path / "f.h5", "--shard", "17/16")
+    assert outcome.code == 2
+    assert "expected a number from 1 to 16" in outcome.err
+
+
+def test_the_leftovers_of_shares_are_listed_and_pruned(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], cli: Callable[..., Outcome]
+) -> None:
+    cli("extract", photos, "-o", tmp_path / "f.h5", "--shard", "2/2", *OPTIONS)
+    listed = cli("cache", "ls", tmp_path, "--json").json
+    assert [(item["kind"], Path(item["path"]).name) for item in listed] == [("parts", "f.h5.parts")]
+    assert cli("cache", "prune", tmp_path / "f.h5", "--yes").code == 0
+    assert not parts_path(tmp_path / "f.h5").exists()
