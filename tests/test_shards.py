@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import COLOURS, Outcome, TinyFamily, fill_class
+from conftest import COLOURS, Outcome, Store, TinyFamily, fill_class
 from hypothesis import given
 from hypothesis import strategies as st
+from source_fixture import upload
 
 from featcache.cache import list_done, list_jobs, list_parts, open_cache, parts_path, read_bad, read_cache
+from featcache.dataset import remote
 from featcache.errors import (
     BadImagesError,
     CacheError,
@@ -33,7 +35,7 @@ from featcache.stages.share import ShardExtraction, extract_shard
 TINY: dict[str, Any] = {"backbone": "tiny", "weights": "none", "runtime": "eager", "workers": 0, "batch_size": 4}
 
 
-def run_share(data: Path, output: Path, shard: str, **settings: Any) -> ShardExtraction:
+def run_share(data: Path | str, output: Path, shard: str, **settings: Any) -> ShardExtraction:
     return extract_shard(data, output, shard=shard, **{**TINY, **settings})
 
 
@@ -452,3 +454,16 @@ def test_the_leftovers_of_shares_are_listed_and_pruned(
     assert [(item["kind"], Path(item["path"]).name) for item in listed] == [("parts", "f.h5.parts")]
     assert cli("cache", "prune", tmp_path / "f.h5", "--yes").code == 0
     assert not parts_path(tmp_path / "f.h5").exists()
+
+
+def test_a_share_fetches_each_of_its_images_once(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch, s3: Store
+) -> None:
+    url, fetched, read = upload(photos, f"{s3.url}/photos"), list[str](), remote.read_url
+    monkeypatch.setattr(remote, "read_url", lambda *arguments: fetched.append(arguments[0]) or read(*arguments))
+    run_share(url, tmp_path / "f.h5", "1/2")
+    assert len(fetched) == len(set(fetched)) == 9
+    run_share(url, tmp_path / "f.h5", "2/2")
+    assert len(fetched) == len(set(fetched)) == 18
+    whole = extract_features(photos, tmp_path / "whole.h5", **TINY)
+    assert open_cache(tmp_path / "f.h5").content_sha256 == whole.cache.content_sha256

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import TinyFamily
 from ray_nursery import run_alone
-from test_sources import pack_shards, save_hub_rows, upload, upload_photos, upload_shards, write_csv, write_parquet
+from source_fixture import pack_shards, save_hub_rows, upload, upload_photos, upload_shards, write_csv, write_parquet
 
 import featcache.stages.spread as spread_stage
 from featcache.cache import list_jobs, list_parts, open_cache, parts_path

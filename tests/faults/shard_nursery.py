@@ -16,11 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from conftest import TinyFamily
 from disks import WatchedDisk
 from nursery import SIGKILLED, TINY, Bench, columns, in_child, list_leftovers, make_disk, run_together
 
 import featcache.cache.parts
-from conftest import TinyFamily
 from featcache import files
 from featcache.backbones import families
 from featcache.cache import open_cache, verify_cache

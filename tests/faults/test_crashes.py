@@ -71,8 +71,8 @@ def test_sixteen_shards_in_random_order_and_killed_at_random_give_the_file_of_on
 ) -> None:
     result = experiment("kill", tmp_path, 20 if long else 2, program="shard_nursery.py")
     tell(
-        f"sixteen shards, up to three at once, in random order: {result['trials']} trials, {result['started']} started, "
-        f"{result['killed']} killed; {len(result['wrong'])} wrong"
+        f"sixteen shards in random order, up to three at once: {result['trials']} trials, "
+        f"{result['started']} started, {result['killed']} killed; {len(result['wrong'])} wrong"
     )
     assert result["wrong"] == []
     assert result["killed"] >= result["started"] // 5
