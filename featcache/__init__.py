@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featcache.backbones import Backbone, list_backbones, load_backbone, wrap_network
     from featcache.bundle import Classifier, load_classifier
-    from featcache.cache import FeatureCache, Verification, open_cache, read_cache, verify_cache
+    from featcache.cache import FeatureCache, Verification, index_caches, open_cache, read_cache, verify_cache
     from featcache.dataset import Listing, list_dataset
     from featcache.errors import FeatcacheError
     from featcache.preprocessing import InputFormat
@@ -68,6 +68,7 @@ _HOMES = {
     "finetune": "stages.finetune",
     "forecast_extraction": "stages.forecast",
     "import_features": "stages.import_features",
+    "index_caches": "cache",
     "list_backbones": "backbones",
     "list_dataset": "dataset",
     "load_backbone": "backbones",
@@ -118,6 +119,7 @@ __all__ = [
     "finetune",
     "forecast_extraction",
     "import_features",
+    "index_caches",
     "list_backbones",
     "list_dataset",
     "load_backbone",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 MAX_SHARDS = 100_000
-PIECE = 4096  # samples that stay together: they are read together when the file is assembled
+PIECE = 1 << 16  # samples that stay together, so that a part is of neighbours: the file is assembled in their order
 PIECES = 16  # of each share, at least, where there are enough samples: no share is much larger than another
 
 

@@ -35,6 +35,7 @@ from featcache.dataset import (
     list_dataset,
     list_frames,
     list_images,
+    samples,
     summarise,
 )
 from featcache.errors import BadImage, DatasetError, ImageError
@@ -857,3 +858,23 @@ def test_what_is_held_out_does_not_depend_on_the_order_or_on_other_images() -> N
     _, held = hold_out(rows, ["a", "b"], 0.25, 0)
     backwards = Split(paths=rows.paths[::-1], labels=rows.labels[::-1], digests=rows.digests[::-1])
     assert set(hold_out(backwards, ["a", "b"], 0.25, 0)[1].paths) == set(held.paths)
+
+
+def test_many_samples_are_hashed_some_at_a_time_with_the_same_outcome(
+    flat_photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (flat_photos / "green" / "gone.jpg").symlink_to("nowhere")
+    (flat_photos / "red" / "also_gone.jpg").symlink_to("nowhere")
+    few = list_dataset(flat_photos)
+    monkeypatch.setattr(samples, "MANY_SAMPLES", 10)
+    monkeypatch.setattr(samples, "SAMPLES_AT_ONCE", 7)
+    kept: list[int] = []
+    many = list_dataset(flat_photos, keep=lambda stats, digests: kept.append(len(digests)))
+    assert many.bad == few.bad
+    assert len(many.bad) == 2
+    for name, split in few.splits.items():
+        assert list(many.splits[name].paths) == list(split.paths)
+        assert list(many.splits[name].digests) == list(split.digests)
+        assert many.splits[name].labels.tolist() == split.labels.tolist()
+        assert np.array_equal(many.splits[name].stats, split.stats)
+    assert max(kept, default=0) <= 7

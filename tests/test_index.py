@@ -229,6 +229,16 @@ def test_some_caches_may_have_test_images_and_others_none(tmp_path: Path) -> Non
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 96, "val": 42, "test": 4}
 
 
+def test_an_image_that_trains_in_one_cache_and_validates_in_another_is_told_of(tmp_path: Path, cli: CLI) -> None:
+    one, other = make_cache(), make_cache(splits={"train": make_split(9, 3), "val": make_split(6, 1)})
+    write_cache(tmp_path / "a.h5", one)
+    write_cache(tmp_path / "b.h5", other)
+    made = cli("index", tmp_path / "all.json", tmp_path / "a.h5", tmp_path / "b.h5")
+    assert made.code == 0
+    assert "WARNING: leakage, the same image in more than one split (6 in all)" in made.err
+    assert "57 train + 27 val rows of 6 float16 features of tiny in 2 caches" in made.out
+
+
 def test_rows_of_an_index_are_taken_over(tmp_path: Path, photos: Path, tiny: Any, cli: CLI) -> None:
     fill_class(photos.parent / "more/train/blue", COLOURS["blue"], 2, seed=70)
     fill_class(photos.parent / "more/train/red", COLOURS["red"], 2, seed=80)

@@ -33,12 +33,17 @@ Knows no network and no image: rows are keyed by digests, the extractor is a JSO
     └── job-, done-, bad-...json   only where several processes work on it, see `jobs`
     features.h5.lock               while an extraction runs: who does it
 
+    photos.json                    an index: several caches that read as one
+
 A stranger needs no featcache to read it: ``h5py.File("features.h5")["train/features"][:]``.
 
 =========  ===================================================================================================
 key        what decides the features, as a digest; what differs between two extractors
 contents   FeatureCache: what a cache holds, in memory or mapped
-reading    file -> FeatureCache, as careful with strangers' files as with damaged ones; verify
+reading    one file -> FeatureCache, as careful with strangers' files as with damaged ones; verify
+index      the small file that names several caches
+opening    the way in for whoever reads a cache, be it one file or an index of several
+joining    rows and texts of several places as one column
 streaming  features that stay on the disk, read when they are wanted
 writing    FeatureCache -> file, streamed, without ever holding all rows
 parts      immutable files of finished work, from which an extraction goes on
@@ -50,7 +55,9 @@ tidying    what caches and leftovers lie in a folder, and their removal
 """
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
+from featcache.cache.index import is_index, list_members
 from featcache.cache.jobs import Job, keep_bad, keep_done, keep_job, list_done, list_jobs, read_bad
+from featcache.cache.joining import JoinedRows
 from featcache.cache.key import (
     Field,
     can_serve,
@@ -64,6 +71,16 @@ from featcache.cache.key import (
     spell_out,
 )
 from featcache.cache.lock import hold_output
+from featcache.cache.opening import (
+    index_caches,
+    is_feature_cache,
+    open_cache,
+    open_old,
+    open_readers,
+    read_cache,
+    stream_cache,
+    verify_cache,
+)
 from featcache.cache.parts import (
     Part,
     PartWriter,
@@ -77,17 +94,7 @@ from featcache.cache.parts import (
     remove_parts,
     remove_temporary,
 )
-from featcache.cache.reading import (
-    CacheReader,
-    Verification,
-    check_complete,
-    is_feature_cache,
-    open_cache,
-    open_old,
-    read_cache,
-    stream_cache,
-    verify_cache,
-)
+from featcache.cache.reading import CacheReader, Verification, check_complete
 from featcache.cache.rows import DigestTable, GatheredRows, PartSource, RowTable, Source, open_sources
 from featcache.cache.streaming import StreamedFeatures
 from featcache.cache.tidying import Item, describe_item, list_items, list_near, remove_item
@@ -104,6 +111,7 @@ __all__ = [
     "GatheredRows",
     "Item",
     "Job",
+    "JoinedRows",
     "Part",
     "PartSource",
     "PartWriter",
@@ -120,7 +128,9 @@ __all__ = [
     "estimate_bytes",
     "hash_extractor",
     "hold_output",
+    "index_caches",
     "is_feature_cache",
+    "is_index",
     "keep_bad",
     "keep_done",
     "keep_files",
@@ -130,6 +140,7 @@ __all__ = [
     "list_done",
     "list_items",
     "list_jobs",
+    "list_members",
     "list_near",
     "list_parts",
     "make_known_files",
@@ -137,6 +148,7 @@ __all__ = [
     "name_network",
     "open_cache",
     "open_old",
+    "open_readers",
     "open_sources",
     "parts_path",
     "read_bad",

@@ -40,7 +40,7 @@ from featcache.dataset import SPLITS, STATS, Split, Stats
 from featcache.dataset.texts import MANY_TEXTS, OpenFile, StoredTexts
 from featcache.errors import CacheError, StoreError
 from featcache.files import canonical_json, hash_bytes
-from featcache.storage import Place, bring_here, is_there, locate
+from featcache.storage import Place, bring_here, locate
 from featcache.views import NO_VIEWS, Views
 
 TEXTS = ("classes", "extractor", "extractor_key", "provenance", "columns_sha256", "content_sha256")
@@ -81,7 +81,7 @@ def read_cache(path: Place | str) -> FeatureCache:
         cache = reader.cache
         splits = {}
         for name, split in cache.splits.items():
-            values = {column: _read_checked(reader, name, column) for column in reader.list_features(name)}
+            values = {column: read_checked(reader, name, column) for column in reader.list_features(name)}
             splits[name] = FeatureSplit(listing=split.listing, **values)
         return replace(cache, splits=splits)
 
@@ -101,22 +101,24 @@ def stream_cache(path: Place | str) -> Iterator[FeatureCache]:
         splits = {}
         for name, split in reader.cache.splits.items():
             for column in reader.list_features(name):
-                _check_features(reader, name, column)
+                check_features(reader, name, column)
             values = {column: reader.stream_features(name, column) for column in reader.list_features(name)}
             splits[name] = FeatureSplit(listing=split.listing, **values)
         yield replace(reader.cache, splits=splits)
 
 
-def _check_features(reader: CacheReader, split: str, column: str) -> None:
+def check_features(reader: CacheReader, split: str, column: str) -> None:
     """Raise a CacheError if features, or views, of a split are not those that were written."""
     for start, rows in reader.iterate_features(split, column):
         if damaged := reader.find_damage(split, rows, start, column):
             raise CacheError(_say_damage(reader.path, f"{split}/{column}", damaged[0], reader.provenance))
 
 
-def _read_checked(reader: CacheReader, split: str, column: str) -> NDArray[np.float32]:
-    """The features, or views, of a split as float32, if they are those that were written."""
-    values = np.empty(reader.shape_of(split, column), np.float32)
+def read_checked(
+    reader: CacheReader, split: str, column: str, into: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """The features, or views, of a split as float32, if they are those that were written; perhaps into an array."""
+    values = np.empty(reader.shape_of(split, column), np.float32) if into is None else into
     for start, rows in reader.iterate_features(split, column):
         if damaged := reader.find_damage(split, rows, start, column):
             raise CacheError(_say_damage(reader.path, f"{split}/{column}", damaged[0], reader.provenance))
@@ -247,6 +249,7 @@ class CacheReader:
     def __init__(self, path: Place | str, *, fresh: bool = False) -> None:
         self.path = locate(path)
         self._stack = contextlib.ExitStack()
+        self._extractor: dict[str, Any]
         try:
             self._file, self._stream = self._stack.enter_context(open_hdf5(self.path, fresh=fresh))
             with explain_errors(self.path):
@@ -285,13 +288,33 @@ class CacheReader:
         """
         with explain_errors(self.path):
             return FeatureCache(
-                classes=tuple(self._load_json("classes", list)),
+                classes=self.classes,
                 extractor=self._extractor,
                 splits={name: self._read_split(name) for name in self.lengths},
                 provenance=self.provenance,
                 content_sha256=self._texts["content_sha256"],
                 views=self.views,
             )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        return tuple(self._load_json("classes", list))
+
+    @property
+    def extractor(self) -> dict[str, Any]:
+        """Backbone, weights, layer, preprocessing and precision."""
+        return self._extractor
+
+    @property
+    def key(self) -> str:
+        """The extractor's key."""
+        return self._texts["extractor_key"]
+
+    @property
+    def content_sha256(self) -> str:
+        """Digest of everything but provenance and stats, as the file states it."""
+        return self._texts["content_sha256"]
 
     def check_columns(self) -> None:
         """Raise a CacheError if any column but the features is not what was written, or makes no sense."""
@@ -742,7 +765,9 @@ def _spell(name: str, value: Any) -> list[str]:
 
 
 def format_command(path: Place, provenance: Mapping[str, Any]) -> str:
-    """The command that made a cache."""
+    """The command that made a cache, or an index of several."""
+    if isinstance(caches := provenance.get("caches"), list):
+        return f"featcache index {shlex.join([str(path), *map(str, caches)])}"
     settings, table = provenance.get("settings", {}), provenance.get("table")
     config = ImportConfig if isinstance(table, str) else ExtractConfig
     stated = {
@@ -763,23 +788,3 @@ def format_cure(path: Place, provenance: Mapping[str, Any]) -> str:
     """The command that mends a damaged cache; an import checks every byte of what is there anyway."""
     command = format_command(path, provenance)
     return command if isinstance(provenance.get("table"), str) else f"{command} --rehash"
-
-
-def open_old(output: Place, *, force: bool) -> FeatureCache | None:
-    """The cache that lies at an output; None if nothing does, or, with `force`, a cache that is of no use any more.
-
-    Raises
-    ------
-    CacheError
-        If something else lies there, or such a cache and `force` is not set.
-    """
-    if not is_there(output):
-        return None
-    try:
-        old = open_cache(output)
-        check_complete(old, output)
-    except CacheError:
-        if force and is_feature_cache(output):
-            return None
-        raise
-    return old

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.cache.index import is_index
 from featcache.cache.lock import is_held, is_lock, lease_path, lock_path
+from featcache.cache.opening import is_feature_cache, read_summary
 from featcache.cache.parts import PART_NAME, PART_TEMPORARY_NAME, is_ours, parts_path
-from featcache.cache.reading import is_feature_cache, read_summary
 from featcache.errors import CacheError, OutputBusyError, OutputError
 from featcache.files import list_temporary
 from featcache.storage import Place, RemotePath, remove_files
@@ -146,7 +147,7 @@ def _describe_local(path: Path) -> Item | None:
         if path.suffix in (".lock", ".lease") and Path(path.stem).suffix in SUFFIXES and is_lock(path):
             output = path.with_suffix("")
             return _make_item(path, LOCK, output, "somebody extracts" if is_held(output) else "of a process that died")
-        if path.suffix in SUFFIXES and not path.name.startswith("."):
+        if (path.suffix in SUFFIXES or is_index(path)) and not path.name.startswith("."):
             return _describe_cache(path)
     return None
 

@@ -35,6 +35,7 @@ from featcache.errors import BadImagesError, FeatcacheError, SettingsError, make
 COMMANDS = {
     "extract": "extract",
     "merge": "merge",
+    "index": "index",
     "import": "import_features",
     "train-head": "train_head",
     "finetune": "finetune",

@@ -50,11 +50,11 @@ def info(file: str, as_json: bool) -> None:
     Example:
       featcache cache info features.h5
     """
-    from featcache.cache import check_complete, open_cache
+    from featcache.cache import check_complete, list_members, open_cache
 
     cache = open_cache(file)
     check_complete(cache, file)
-    size = locate(file).stat().st_size
+    size = sum(path.stat().st_size for path in list_members(file))
     if as_json:
         print_json(
             {
@@ -102,19 +102,25 @@ def describe_cache(cache: FeatureCache) -> list[tuple[str, str]]:
     weights = extractor["weights"]
     n_bad = len(origin["bad"])
     views = [("views", f"{cache.views.describe()}; seed {cache.views.seed}")] if cache.views else []
-    shown = ", ".join(cache.classes[:6]) + (f" and {len(cache.classes) - 6} more" if len(cache.classes) > 6 else "")
     return [
         ("backbone", f"{extractor['backbone']}, weights {weights['name']} ({weights['tensors_sha256'][:8]}...)"),
         ("features", f"{cache.dim} {cache.stored}, {extractor['layer']}"),
         ("images", images),
         ("rows", ", ".join(f"{len(split):,} {name}" for name, split in cache.splits.items())),
         *views,
-        ("classes", f"{len(cache.classes)}: {shown}"),
+        *([("caches", _name_some(origin["caches"]))] if "caches" in origin else []),
+        ("classes", _name_some(cache.classes)),
         ("data", origin["data"] + (f" (bad files left out: {n_bad})" if n_bad else "")),
         ("computed", made),
         ("extractor key", cache.key),
         ("content", cache.content_sha256),
     ]
+
+
+def _name_some(names: Sequence[str], at_most: int = 6) -> str:
+    """How many there are, and the first ones."""
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"{len(names)}: {', '.join(names[:at_most])}{more}"
 
 
 @command.command("verify", short_help="Is every byte what was written?")

@@ -31,7 +31,7 @@ from featcache.errors import DatasetError, FeatcacheError
 
 HUB = "hf:"
 LIST_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-CACHES = (".h5", ".hdf5", ".he5")
+CACHES = (".h5", ".hdf5", ".he5", ".json")  # and indexes of some
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 READERS = 32  # objects that are read at the same time from far away
 LOCAL_URL = re.compile(r"(file|local)://(?=/)")
@@ -276,6 +276,42 @@ def reopen_root(data: str) -> Root | None:
 def name_root(root: Root) -> str:
     """What opens a root again, from any folder: what caches and runs keep of it."""
     return root.address if isinstance(root, Source) else str(root.resolve())
+
+
+def find_common_folder(data: Sequence[str]) -> tuple[str, list[str]] | None:
+    """The folder that holds the folders of several data sets, and how the paths in each begin there.
+
+    Parameters
+    ----------
+    data
+        What `name_root` gave of each.
+
+    Returns
+    -------
+    None if one is no folder of images, or they are not in one place.
+
+    Examples
+    --------
+    >>> find_common_folder(["/photos/2023", "/photos/2024/may"])
+    ('/photos', ['2023/', '2024/may/'])
+    >>> find_common_folder(["s3://bucket/a", "s3://bucket/b"]), find_common_folder(["/a", "/b.tar"])
+    (('s3://bucket', ['a/', 'b/']), None)
+    """
+    parts = [text.rstrip("/").split("/") for text in data]
+    n = next((i for i, own in enumerate(zip(*parts, strict=False)) if len(set(own)) > 1), min(map(len, parts)))
+    if n < (3 if is_url(data[0]) else 1):  # of a URL the protocol and the bucket
+        return None
+    folder = "/".join(parts[0][:n]) or "/"
+    if len({type(parse_root(text)) for text in (*data, folder)}) > 1 or not _is_folder(parse_root(folder)):
+        return None
+    return folder, ["".join(f"{part}/" for part in own[n:]) for own in parts]
+
+
+def _is_folder(root: Root) -> bool:
+    """Whether a root is a folder of images, here or in a store."""
+    from featcache.dataset.remote import RemoteFolder
+
+    return isinstance(root, Path | RemoteFolder)
 
 
 def names_source(text: str) -> bool:

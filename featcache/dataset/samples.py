@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from featcache.dataset.folders import find_files
 from featcache.dataset.hashing import KnownFiles, hash_files, look_at_all
 from featcache.dataset.listing import (
+    STATS,
     Digests,
     Listing,
     Split,
@@ -25,10 +26,13 @@ from featcache.dataset.listing import (
 )
 from featcache.dataset.roots import Found, Root, Source, open_root
 from featcache.dataset.splitting import split_by_content
+from featcache.dataset.texts import HexTexts, Texts, encode_all, take_texts
 from featcache.errors import BadImage, DatasetError
 from featcache.files import canonical_json
 from featcache.progress import SILENT, Progress
 
+MANY_SAMPLES = 1 << 16  # above which they are hashed some at a time, and what is found out is packed
+SAMPLES_AT_ONCE = 1 << 13
 NAMES_AT_ONCE = 1 << 16  # that are put into one text
 WHOLE = ""  # the one group of samples whose split is not decided yet
 
@@ -53,7 +57,7 @@ class Names:
 
     def take(self, rows: NDArray[np.int64]) -> Names:
         """Some of them, in this order."""
-        return Names(paths=tuple(self.paths[row] for row in rows.tolist()), labels=self.labels[rows])
+        return Names(paths=take_texts(self.paths, rows), labels=self.labels[rows])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +139,18 @@ def find_samples(data: Path | str, *, clips: bool = False) -> Samples:
     label_of = {name: label for label, name in enumerate(classes)}
     groups = {
         name: Names(
-            paths=tuple(path for path, _ in rows),
+            paths=pack_names(path for path, _ in rows),
             labels=np.array([label_of[label] for _, label in rows], dtype=np.int64),
         )
         for name, rows in found.rows.items()
     }
     return Samples(root=root, classes=classes, groups=groups, ignored=tuple(sorted(found.ignored)), clips=clips)
+
+
+def pack_names(paths: Iterable[str]) -> Sequence[str]:
+    """Paths as they are, or, of many, packed."""
+    names = tuple(paths)
+    return names if len(names) < MANY_SAMPLES else Texts(encode_all(names))
 
 
 def _find(root: Root, clips: bool) -> Found:
@@ -282,22 +292,77 @@ def hash_groups(
     progress, known, keep
         As in `list_dataset`.
     """
-    paths = [path for names in samples.groups.values() for path in names.paths]
+    if len(samples) < MANY_SAMPLES:
+        hashed = _hash_names(samples, list(samples.groups.values()), progress, known, keep)
+    else:
+        blocks = _iterate_hashed(samples, known, keep)
+        unit = "clip" if samples.clips else "img"
+        hashed = _join_hashed(progress.track(blocks, total=len(samples), what="reading", unit=unit), len(samples))
+    splits, bad, start = {}, [], 0
+    for name, names in samples.groups.items():
+        some = slice(start, start + len(names))
+        reasons = {i - start: reason for i, reason in hashed.reasons.items() if some.start <= i < some.stop}
+        bad += [BadImage(names.paths[i], reason) for i, reason in reasons.items()]
+        paths, labels, digests, stats = names.paths, names.labels, hashed.digests[some], hashed.stats[some]
+        if reasons:
+            good = np.setdiff1d(np.arange(len(names)), list(reasons))
+            paths, labels = take_texts(paths, good), labels[good]
+            digests, stats = take_texts(digests, good), stats[good]
+        splits[name] = Split(paths=paths, labels=labels, digests=digests, stats=stats)
+        start += len(names)
+    return splits, bad
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """What is in N files: stats (N, 4), digests, and why some cannot be used, by their numbers."""
+
+    stats: Stats
+    digests: Sequence[str]
+    reasons: Mapping[int, str]
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+
+def _hash_names(
+    samples: Samples,
+    some: Sequence[Names],
+    progress: Progress,
+    known: KnownFiles | None,
+    keep: Callable[[Stats, Digests], None] | None,
+) -> _Hashed:
+    """What is in these samples."""
     source = samples.root if isinstance(samples.root, Source) else None
+    paths = [path for names in some for path in names.paths]
     # 100,000 Path objects cost half a second
     there = paths if source else [os.path.join(str(samples.root), path) for path in paths]  # noqa: PTH118
     stats, digests, reasons = hash_files(
         there, known=known, keep=keep, progress=progress, clips=samples.clips, source=source
     )
-    bad = [BadImage(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason]
-    splits, start = {}, 0
-    for name, names in samples.groups.items():
-        good = [i for i in range(start, start + len(names)) if not reasons[i]]
-        splits[name] = Split(
-            paths=tuple(paths[i] for i in good),
-            labels=names.labels[np.array(good, dtype=np.intp) - start],
-            digests=tuple(digests[i] for i in good),
-            stats=stats[good],
-        )
-        start += len(names)
-    return splits, bad
+    return _Hashed(stats, tuple(digests), {i: reason for i, reason in enumerate(reasons) if reason})
+
+
+def _iterate_hashed(
+    samples: Samples, known: KnownFiles | None, keep: Callable[[Stats, Digests], None] | None
+) -> Iterator[_Hashed]:
+    """What is in all samples, some at a time, so that there are never many objects."""
+    for names in samples.groups.values():
+        for start in range(0, len(names), SAMPLES_AT_ONCE):
+            rows = np.arange(start, min(start + SAMPLES_AT_ONCE, len(names)))
+            yield _hash_names(samples, [names.take(rows)], SILENT, known, keep)
+
+
+def _join_hashed(blocks: Iterable[_Hashed], n: int) -> _Hashed:
+    """What is in N files, in little memory."""
+    stats, raw = np.empty((n, len(STATS)), np.int64), np.zeros((n, 32), np.uint8)
+    reasons: dict[int, str] = {}
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        stats[start:stop] = block.stats
+        reasons |= {start + i: reason for i, reason in block.reasons.items()}
+        text = "".join(digest or "0" * 64 for digest in block.digests)
+        raw[start:stop] = np.frombuffer(bytes.fromhex(text), np.uint8).reshape(-1, 32)
+        start = stop
+    return _Hashed(stats, HexTexts(raw), reasons)

@@ -51,7 +51,9 @@ class TextColumn(Sequence[str]):
         """One text, or those of a slice."""
         if isinstance(row, slice):
             rows = range(len(self))[row]
-            return self.cut(rows.start, max(rows.stop, rows.start)) if rows.step == 1 else self.take(np.array(rows, np.intp))
+            if rows.step != 1:
+                return self.take(np.array(rows, np.intp))
+            return self.cut(rows.start, max(rows.stop, rows.start))
         at = range(len(self))[operator.index(row)]
         return decode(self._find_one(at))
 

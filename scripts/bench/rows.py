@@ -104,17 +104,23 @@ def make_listing(job: Job) -> dict[str, Any]:
 
 
 def iterate_runs(job: Job, shard: int) -> Iterator[tuple[str, int, int]]:
-    """Which rows (split, first, last) a shard computes."""
-    runs = [
-        (name, start, min(start + RUN_ROWS, n))
-        for name, n in (("train", job.rows - job.n_val), ("val", job.n_val))
-        for start in range(0, n, RUN_ROWS)
-    ]
-    yield from runs[shard::N_SHARDS]
+    """Which rows (split, first, last) a shard computes, in runs of neighbours."""
+    import numpy as np
+
+    from featcache.shards import Shard
+
+    rows, n_train = Shard(shard + 1, N_SHARDS).list_rows(job.rows), job.rows - job.n_val
+    for name, mine in {"train": rows[rows < n_train], "val": rows[rows >= n_train] - n_train}.items():
+        for run in np.split(mine, np.flatnonzero(np.diff(mine) != 1) + 1):
+            if len(run):
+                yield name, int(run[0]), int(run[-1]) + 1
 
 
 def make_parts(job: Job) -> dict[str, Any]:
-    """Write the rows as shards do; tell how many parts, and how many images the true centres are right about."""
+    """Write the rows as shards do; tell how many parts, and what share a rule gets right that knows how they are made.
+
+    That rule weighs by the noise's own covariance: of so few rows it is not quite the identity, and a head learns it.
+    """
     import numpy as np
 
     from featcache.cache import PartWriter, hash_extractor, parts_path
@@ -122,6 +128,7 @@ def make_parts(job: Job) -> dict[str, Any]:
     generator = np.random.default_rng(0)
     centres = generator.normal(scale=SPREAD, size=(len(WNIDS), job.dim)).astype(np.float32)
     noise = generator.normal(size=(1 << 16, job.dim)).astype(np.float32)
+    weights = np.linalg.solve(noise.T @ noise / len(noise), centres.T)
     splits, n_parts, right = make_listing(job), 0, 0
     for shard in range(N_SHARDS):
         writer = PartWriter(parts_path(job.output), hash_extractor(job.extractor), "float16")
@@ -133,12 +140,12 @@ def make_parts(job: Job) -> dict[str, Any]:
                 features *= generator.choice(np.float32([-1.1, -0.9, 0.9, 1.1]), size=(len(labels), 1))
                 features += centres[labels]
                 if name == "val":
-                    scores = features @ centres.T - np.square(centres).sum(axis=1) / 2
+                    scores = features @ weights - (centres.T * weights).sum(axis=0) / 2
                     right += int((scores.argmax(axis=1) == labels).sum())
                 writer.add(list(splits[name].digests[rows]), features)
         writer.flush()
         n_parts += len(writer.parts)
-    return {"parts": n_parts, "attainable": right / job.n_val}
+    return {"parts": n_parts, "known": right / job.n_val}
 
 
 def finalize(job: Job) -> dict[str, Any]:
@@ -239,9 +246,8 @@ def describe_step(name: str, printed: Any, made: dict[str, Any]) -> str:
         return f"of which {printed['listing']:.1f} s to make up the listing"
     if name == "verify":
         return f"{'all right' if printed[0]['ok'] else 'DAMAGED'}, {printed[0]['rows']:,} rows"
-    return (
-        f"accuracy {printed['val_accuracy']:.4f}; {made['attainable']:.4f} by the true centres; {printed['selection']}"
-    )
+    known = f"{made['known']:.4f} by a rule that knows how the rows are made"
+    return f"accuracy {printed['val_accuracy']:.4f}, {known}; {printed['selection']}"
 
 
 if __name__ == "__main__":
