@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from featcache.preprocessing import Preprocessing
     from featcache.runtime import Execution
 
-ITEM_IMAGES = 256  # of an item of work, and so of a part, at most
-ITEM_BYTES = 40 << 20  # of the decoded images of an item: what travels from a task to a worker
+ITEM_IMAGES = 512  # of an item of work, and so of a part, at most: each costs the driver some 15 ms, whatever is in it
+ITEM_BYTES = 80 << 20  # of the decoded images of an item: what travels from a task to a worker
 FEW_ITEMS = 64  # that a small data set is cut into, so that more than one machine has work
 LEAST_IMAGES = 16  # of an item: each costs some milliseconds
 ROUNDS = 2  # over the data set, where files changed in the first

@@ -1,7 +1,7 @@
 """Beyond one machine: what a Ray cluster costs beside one process, and how far more machines help.
 
     python scripts/bench/scale.py ../shared/data/imagenette160_subset --backbone efficientnet_lite0
-    python scripts/bench/scale.py DATA --only one --only model --images 1000000 --cores 32
+    python scripts/bench/scale.py DATA --only one --only overhead --only model --images 1000000 --cores 32
 
 one       on one core, in this process: seconds to read and decode an image, and to compute and keep its row
 plain     `featcache extract` on all cores of this machine
@@ -134,9 +134,11 @@ def measure_one(data: Path, backbone: str, weights: str, n_images: int) -> Costs
     """Prepare and carry out a few items in this process, on one core."""
     from featcache.config import ExtractConfig
     from featcache.progress import SILENT
+    from featcache.stages import spread
     from featcache.stages.order import place_order
     from featcache.stages.spread import ClusterRun, cut_items
 
+    spread.FEW_ITEMS = 1  # items as large as those of a large data set
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     config = ExtractConfig(backbone=backbone, weights=weights, engine="ray")
     with tempfile.TemporaryDirectory() as folder:
@@ -161,8 +163,8 @@ def measure_one(data: Path, backbone: str, weights: str, n_images: int) -> Costs
     n = len(items[0])
     print(
         f"one core: {1000 * prepare / n:.1f} ms an image to read and decode, {1000 * compute / n:.1f} ms to compute "
-        f"and keep, {n / (prepare + compute):.1f} images/s; items of {n}, {decoded / 1e6:.0f} MB decoded, times vary by "
-        f"{variation:.0%}"
+        f"and keep, {n / (prepare + compute):.1f} images/s; items of {n}, {decoded / 1e6:.0f} MB decoded, times vary "
+        f"by {variation:.0%}"
     )
     return Costs(prepare=prepare, work=compute, spread=variation, read=read // len(items), decoded=decoded, images=n)
 
@@ -198,26 +200,33 @@ def three_nodes() -> Any:
 
 def measure_cluster(data: Path, backbone: str, weights: str, folder: Path) -> None:
     from featcache.cache import open_cache
+    from featcache.cluster import join_cluster
     from featcache.config import ExtractConfig
     from featcache.progress import SILENT
     from featcache.stages.merge import merge_shards
     from featcache.stages.order import place_order
-    from featcache.stages.spread import run_order
+    from featcache.stages.spread import ClusterRun, cut_items
 
     with three_nodes() as cluster:
         config = ExtractConfig(backbone=backbone, weights=weights, engine="ray", address=cluster.address)
-        order = place_order(data, folder / "ray.h5", config, SILENT)
         started = time.perf_counter()
-        run = run_order(order, config, SILENT, gpu=False)
-        seconds = time.perf_counter() - started
+        order = place_order(data, folder / "ray.h5", config, SILENT)
+        run = ClusterRun(order, config, gpu=False)
+        with join_cluster(cluster.address):
+            items = cut_items(order, np.arange(len(order.samples)))
+            times = [(time.perf_counter(), len(outcome)) for outcome in run.run(items)]
+        seconds = times[-1][0] - started
+    (first, n_first), later = times[0], times[1:]
+    steady = sum(n for _, n in later) / (times[-1][0] - first)
     merging = time.perf_counter()
     merged = merge_shards(folder / "ray.h5")
     merging = time.perf_counter() - merging
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     worker = (run.peak_memory_bytes or 0) / 1e6
     print(
-        f"cluster: {run.computed} rows in {seconds:.1f} s, {run.computed / seconds:.1f} rows/s; put together in "
-        f"{merging:.1f} s; peak memory {peak:.0f} MB of the driver, {worker:.0f} MB of a worker"
+        f"cluster: {run.computed} rows in {seconds:.1f} s, the first {n_first} after {first - started:.1f} s, then "
+        f"{steady:.1f} rows/s; put together in {merging:.1f} s; peak memory {peak:.0f} MB of the driver, "
+        f"{worker:.0f} MB of a worker"
     )
     if (folder / "plain.h5").exists():
         same = open_cache(folder / "plain.h5").content_sha256 == merged.cache.content_sha256
@@ -232,19 +241,35 @@ def make_idler() -> Any:
     return do_nothing
 
 
+def list_children() -> set[int]:
+    return {int(child) for path in Path("/proc/self/task").glob("*/children") for child in path.read_text().split()}
+
+
+def read_cpu_seconds(pids: set[int]) -> float:
+    """Of these processes, user and system."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
+
+
 def measure_overhead() -> float:
-    """Seconds that an item costs beside its work, when two machines with a CPU each do nothing."""
-    from featcache.cluster import spread
+    """Seconds of the driver's processor that an item costs, when two machines with a CPU each do nothing."""
+    from featcache.cluster import join_cluster, spread
 
     with three_nodes() as cluster:
-        for _ in spread(list(range(10)), prepare=do_nothing, make_worker=make_idler, address=cluster.address):
-            pass
-        started = time.perf_counter()
-        answers = spread(list(range(EMPTY_ITEMS)), prepare=do_nothing, make_worker=make_idler, address=cluster.address)
-        times = [time.perf_counter() for _ in answers]
+        machines = list_children()
+        with join_cluster(cluster.address):
+            driver, how = list_children() - machines, {"prepare": do_nothing, "make_worker": make_idler}
+            for _ in spread(list(range(10)), **how):
+                pass
+            started, cpu = time.perf_counter(), read_cpu_seconds(driver)
+            times = [time.perf_counter() for _ in spread(list(range(EMPTY_ITEMS)), **how)]
+            cpu = (read_cpu_seconds(driver) - cpu) / EMPTY_ITEMS
     each = (times[-1] - times[0]) / (len(times) - 1)
-    print(f"overhead: {1000 * each:.1f} ms an item, {times[0] - started:.1f} s before the first comes back")
-    return each
+    print(
+        f"overhead: {1000 * each:.1f} ms an item with everything on this machine, of which {1000 * cpu:.1f} ms are the "
+        f"driver's; {times[0] - started:.1f} s before the first comes back"
+    )
+    return cpu
 
 
 @click.command()
@@ -252,8 +277,8 @@ def measure_overhead() -> float:
 @click.option("--backbone", default="resnet18")
 @click.option("--weights", default=None, help="default where --backbone is efficientnet_lite0, else none")
 @click.option("--only", multiple=True, type=click.Choice(SECTIONS))
-@click.option("--probe", default=1024, help="images for `one`")
-@click.option("--images", default=1_000_000, help="for the model")
+@click.option("--probe", default=2048, help="images for `one`")
+@click.option("--images", default=10_000_000, help="for the model")
 @click.option("--cores", default=16, help="of a machine of the model")
 @click.option("--storage", default=2.0, help="GB/s that the model's storage gives to all machines together")
 @click.option("--network", default=1.25, help="GB/s of a machine of the model")
