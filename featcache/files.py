@@ -252,11 +252,10 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         try:
             with replace_atomically(path, len(data)) as file:
                 file.write(data, 0)
+            break
         except OutputError as error:
             if not isinstance(error.__cause__, FileNotFoundError) or attempt == TRIES - 1:
                 raise
-        else:
-            return
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import SettingsError
@@ -156,7 +155,7 @@ def _find_in_array(environment: Mapping[str, str]) -> int:
     step = _read(environment, "SLURM_ARRAY_TASK_STEP", 1) or 1
     if (last - first) // step + 1 != count or (here - first) % step:
         raise SettingsError(
-            f"--shard auto: the array's {count} tasks from {first} to {last} are not in a row (some of it, run again?); "
+            f"--shard auto: the array's {count} tasks from {first} to {last} are not in a row (a part of it again?); "
             f"state how many shards there are, such as auto/16"
         )
     return (here - first) // step

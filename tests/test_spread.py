@@ -20,7 +20,7 @@ from source_fixture import pack_shards, save_hub_rows, upload, upload_photos, up
 import featcache.stages.spread as spread_stage
 from featcache.cache import list_jobs, list_parts, open_cache, parts_path
 from featcache.cluster import Cluster
-from featcache.errors import BadImagesError, ClusterError, CrashedItemsError
+from featcache.errors import BadImagesError, ClusterError, CrashedItemsError, DeviceError
 from featcache.stages.extract import Extraction, extract_features
 
 TINY: dict[str, Any] = {"backbone": "tiny", "weights": "none", "runtime": "eager", "workers": 0, "batch_size": 4}
@@ -192,3 +192,34 @@ def test_a_cluster_of_three_machines_gives_the_bytes_of_one_whatever_dies(tmp_pa
         "computed again": 0,
         "bad": [["train/red/photo_007.jpg", "its decoder crashed 3 times"]],
     }
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"), [("auto", 2, "cuda"), ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda")]
+)
+def test_the_cluster_has_the_gpus_not_the_machine_that_asks(
+    device: str, gpus: int, expected: str, photos: Path, tmp_path: Path, here: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    @contextmanager
+    def join(address: str | None) -> Iterator[Cluster]:
+        yield Cluster(nodes=3, cpus=8, gpus=gpus)
+
+    def look(items: Sequence[Any], *, prepare: Any, make_worker: Any, gpu: bool) -> Iterator[Any]:
+        seen.extend(
+            [gpu, make_worker.args[1].device, list_jobs(tmp_path / "f.h5")[-1].extractor["precision"]["compute"]]
+        )
+        raise ClusterError("seen")
+        yield
+
+    here.setattr(spread_stage, "join_cluster", join)
+    here.setattr(spread_stage, "spread", look)
+    with pytest.raises(ClusterError, match="seen"):
+        extract_here(photos, tmp_path / "f.h5", device=device)
+    assert seen == [expected == "cuda", expected, "float16" if expected == "cuda" else "float32"]
+
+
+def test_one_device_is_none_of_a_clusters(photos: Path, tmp_path: Path, here: Any) -> None:
+    with pytest.raises(DeviceError, match="expected auto, cpu or cuda"):
+        extract_here(photos, tmp_path / "f.h5", device="cuda:1")

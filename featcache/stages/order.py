@@ -46,6 +46,8 @@ from featcache.stages.plan import (
 from featcache.storage import Place
 
 if TYPE_CHECKING:
+    import torch
+
     from featcache.backbones import Backbone
 
 
@@ -107,7 +109,13 @@ class Piece:
 
 
 def place_order(
-    data: Path | str, output: Place, config: ExtractConfig, progress: Progress, given: Backbone | None = None
+    data: Path | str,
+    output: Place,
+    config: ExtractConfig,
+    progress: Progress,
+    given: Backbone | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> Order:
     """See what is wanted and what is there of it; write down what is being extracted.
 
@@ -117,6 +125,8 @@ def place_order(
         As in `extract_features`.
     given
         The backbone, where it is not to be made from its name.
+    device
+        Where it will run, if that is on other machines.
 
     Raises
     ------
@@ -126,12 +136,13 @@ def place_order(
         As `extract_features`.
     """
     jobs = list_jobs(output)
-    settled = settle_extractor(output, config, progress, given=given, like=jobs[-1].extractor if jobs else None)
+    like = jobs[-1].extractor if jobs else None
+    settled = settle_extractor(output, config, progress, given=given, like=like, device=device)
     if settled.backbone is None:
         from featcache.stages.provide_backbone import provide_settled
 
-        backbone, device = provide_settled(config, given, settled.extractor, progress)
-        settled = replace(settled, backbone=backbone, device=device)
+        backbone, place = provide_settled(config, given, settled.extractor, progress, device)
+        settled = replace(settled, backbone=backbone, device=place)
     samples = find_samples(data, clips=settled.clips)
     progress.say(f"{samples.root}: {len(samples):,} {samples.noun}s, {len(samples.classes)} classes")
     known, views = find_known_files(output, settled.old), settle_views(config, settled.old)

@@ -247,6 +247,7 @@ def settle_extractor(
     explain: bool = False,
     given: Backbone | None = None,
     like: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> Settled:
     """See what lies at the output, and what would compute.
 
@@ -256,6 +257,8 @@ def settle_extractor(
         As in `plan_extraction`.
     like
         An extractor whose decoder and precision count where none are stated, if no cache lies there.
+    device
+        Where it would run, if that is on other machines.
 
     Raises
     ------
@@ -272,9 +275,9 @@ def settle_extractor(
     else:
         from featcache.stages.provide_backbone import find_example, provide_settled
 
-        backbone, device = provide_settled(config, given, find_example(old, config) or like, progress)
+        backbone, there = provide_settled(config, given, find_example(old, config) or like, progress, device)
         extractor = backbone.describe(config.store)
-        settled = Settled(old=old, extractor=extractor, backbone=backbone, device=device)
+        settled = Settled(old=old, extractor=extractor, backbone=backbone, device=there)
     if old and asking:
         check_same_extractor(old, output, settled.extractor)
     return settled

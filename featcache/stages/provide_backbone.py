@@ -23,7 +23,11 @@ CALIBRATION_IMAGES = 32
 
 
 def provide_settled(
-    config: ExtractConfig, given: Backbone | None, like: Mapping[str, Any] | None, progress: Progress
+    config: ExtractConfig,
+    given: Backbone | None,
+    like: Mapping[str, Any] | None,
+    progress: Progress,
+    device: torch.device | None = None,
 ) -> tuple[Backbone, torch.device]:
     """The backbone of an extraction, as it is to compute, and where.
 
@@ -37,10 +41,13 @@ def provide_settled(
         The extractor whose decoder and precision count where none are stated, see `find_example`.
     progress
         Told of downloads.
+    device
+        Where it will run, if that is on other machines; None is what `config` says of this one.
     """
-    select_device(config.device)  # before anything is downloaded
+    if device is None:
+        select_device(config.device)  # before anything is downloaded
     backbone = given or provide_backbone(config, progress)
-    device = select_device(config.device, backbone.network)
+    device = device or select_device(config.device, backbone.network)
     return settle_execution(backbone, config, device, like), device
 
 

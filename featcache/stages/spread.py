@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from featcache.cache import DigestTable, keep_bad, keep_done, read_bad
-from featcache.cluster import TRIES, Answer, Prepared, Work, check_cluster, join_cluster, spread
+from featcache.cluster import TRIES, Answer, Cluster, Prepared, Work, check_cluster, join_cluster, spread
 from featcache.config import ExtractConfig
 from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
-from featcache.errors import BadImage, ClusterError, CrashedItemsError, UnfinishedError
+from featcache.errors import BadImage, ClusterError, CrashedItemsError, DeviceError, UnfinishedError
 from featcache.images import DecodedRows, make_pixel_transform
 from featcache.metering import Meter, PeakMemory
 from featcache.progress import Progress
@@ -75,32 +75,50 @@ def extract_on_cluster(
     memory: PeakMemory,
 ) -> Extraction:
     """Extract on a Ray cluster; as `extract_features`, by who holds the output."""
-    order = place_order(data, output, config, progress, given)
-    gpu = order.plan.device is not None and order.plan.device.type == "cuda"
     with join_cluster(config.address) as cluster:
-        check_cluster(cluster, gpu=gpu)
+        device = choose_device(config, cluster)
+        order = place_order(data, output, config, progress, given, device=device)
         progress.say(f"{describe_network(order.plan, config)}; Ray: {cluster}")
         for attempt in range(ROUNDS):
-            run = run_order(order, config, progress, gpu=gpu)
+            run = run_order(order, config, progress)
             try:
                 extraction = assemble(order.job, output, config, progress, meter, memory, data=data)
             except UnfinishedError:  # files have changed meanwhile
                 if attempt == ROUNDS - 1:
                     raise
-                order = place_order(data, output, config, progress, given)
+                order = place_order(data, output, config, progress, given, device=device)
             else:
                 return replace(extraction, computed=run.computed)
     raise AssertionError
 
 
-def run_order(order: Order, config: ExtractConfig, progress: Progress, *, gpu: bool) -> ClusterRun:
+def choose_device(config: ExtractConfig, cluster: Cluster) -> torch.device:
+    """Where the workers of a cluster run the network, whatever this machine has.
+
+    Raises
+    ------
+    DeviceError
+        If the cluster has no such device, or a single one is named.
+    ClusterError
+        If it is too small.
+    """
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise DeviceError(
+            f"--device {config.device} is one device of one machine; on a cluster expected auto, cpu or cuda"
+        )
+    gpu = config.device == "cuda" or (config.device == "auto" and cluster.gpus > 0)
+    check_cluster(cluster, gpu=gpu)
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def run_order(order: Order, config: ExtractConfig, progress: Progress) -> ClusterRun:
     """Have everything computed that is missing."""
     plan, memory = order.plan, PeakMemory()
     given_up = read_bad(plan.output, plan.key) if config.skip_bad else {}  # else they are tried once more
     unfinished = find_unfinished(order, given_up)
     items = cut_items(order, unfinished)
     done = order.count_rows(order.samples) - sum(order.count_rows(item) for item in items)
-    run = ClusterRun(order, config, gpu=gpu)
+    run = ClusterRun(order, config)
     unit = "view" if plan.views else "img"
     total = order.count_rows(order.samples)
     for _ in progress.track(run.run(items), total=total, done=done, what="extracting", unit=unit):
@@ -169,10 +187,11 @@ class ClusterRun:
         What tasks and workers do, see `featcache.cluster.spread`.
     """
 
-    def __init__(self, order: Order, config: ExtractConfig, *, gpu: bool) -> None:
+    def __init__(self, order: Order, config: ExtractConfig) -> None:
+        assert order.plan.device
         self.computed, self.runtime = 0, ""
         self.peak_memory_bytes: int | None = None
-        self._order, self._gpu = order, gpu
+        self._order, self._gpu = order, order.plan.device.type == "cuda"
         plan = order.plan
         nobody = narrow(order.samples.take(np.empty(0, np.int64)))
         listing = replace(plan.listing, root=nobody.root, classes=())
@@ -181,7 +200,7 @@ class ClusterRun:
         reader = replace(light, plan=replace(bare, backbone=None))
         assert plan.backbone
         self.prepare = partial(prepare_item, reader, plan.backbone.preprocessing)
-        self.make_worker = partial(make_worker, bare, replace(config, workers=0, device="cuda" if gpu else "cpu"))
+        self.make_worker = partial(make_worker, bare, replace(config, workers=0, device=order.plan.device.type))
 
     def run(self, items: Sequence[Samples]) -> Iterator[Outcome]:
         """Carry all of them out.

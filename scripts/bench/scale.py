@@ -144,7 +144,7 @@ def measure_one(data: Path, backbone: str, weights: str, n_images: int) -> Costs
     with tempfile.TemporaryDirectory() as folder:
         order = place_order(data, Path(folder, "f.h5"), config, SILENT)
         chosen = np.linspace(0, len(order.samples) - 1, min(n_images, len(order.samples))).astype(np.int64)
-        run = ClusterRun(order, config, gpu=False)
+        run = ClusterRun(order, config)
         items = cut_items(order, np.unique(chosen))
         work = run.make_worker()
         times, decoded = [], 0
@@ -211,7 +211,7 @@ def measure_cluster(data: Path, backbone: str, weights: str, folder: Path) -> No
         config = ExtractConfig(backbone=backbone, weights=weights, engine="ray", address=cluster.address)
         started = time.perf_counter()
         order = place_order(data, folder / "ray.h5", config, SILENT)
-        run = ClusterRun(order, config, gpu=False)
+        run = ClusterRun(order, config)
         with join_cluster(cluster.address):
             items = cut_items(order, np.arange(len(order.samples)))
             times = [(time.perf_counter(), len(outcome)) for outcome in run.run(items)]
