@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from featcache.stages.finetune import finetune
     from featcache.stages.forecast import Forecast, forecast_extraction
     from featcache.stages.import_features import ImportedFeatures, import_features
+    from featcache.stages.merge import merge_shards
     from featcache.stages.plan import Plan
     from featcache.stages.plan_comparison import ComparisonPlan, plan_comparison
     from featcache.stages.predict import Prediction, predict
     from featcache.stages.rank import Ranking, rank_backbones, rank_caches
     from featcache.stages.sample import make_sample
+    from featcache.stages.share import ShardExtraction, extract_shard
     from featcache.stages.show import show
     from featcache.stages.train_head import train_head
 
@@ -58,6 +60,7 @@ _HOMES = {
     "Ranking": "stages.rank",
     "Run": "stages.evaluate",
     "RunRecord": "runs",
+    "ShardExtraction": "stages.share",
     "Verification": "cache",
     "audit": "stages.audit",
     "compare": "stages.compare",
@@ -65,6 +68,7 @@ _HOMES = {
     "download_dataset": "stages.download",
     "explain_cache": "stages.explain",
     "extract_features": "stages.extract",
+    "extract_shard": "stages.share",
     "finetune": "stages.finetune",
     "forecast_extraction": "stages.forecast",
     "import_features": "stages.import_features",
@@ -74,6 +78,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_classifier": "bundle",
     "make_sample": "stages.sample",
+    "merge_shards": "stages.merge",
     "open_cache": "cache",
     "plan_comparison": "stages.plan_comparison",
     "predict": "stages.predict",
@@ -108,6 +113,7 @@ __all__ = [
     "Ranking",
     "Run",
     "RunRecord",
+    "ShardExtraction",
     "Verification",
     "__version__",
     "audit",
@@ -116,6 +122,7 @@ __all__ = [
     "download_dataset",
     "explain_cache",
     "extract_features",
+    "extract_shard",
     "finetune",
     "forecast_extraction",
     "import_features",
@@ -125,6 +132,7 @@ __all__ = [
     "load_backbone",
     "load_classifier",
     "make_sample",
+    "merge_shards",
     "open_cache",
     "plan_comparison",
     "predict",
