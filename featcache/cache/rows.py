@@ -111,8 +111,8 @@ class DigestTable:
         return self._index.find(digests)
 
 
-class RowTable(DigestTable):
-    """The same with the rows themselves.
+class RowReader:
+    """Rows that lie in several places, by their positions.
 
     Parameters
     ----------
@@ -125,8 +125,8 @@ class RowTable(DigestTable):
     """
 
     def __init__(self, sources: Sequence[Source], dim: int, dtype: str) -> None:
-        super().__init__([source.digests for source in sources])
         self._sources, self._dim, self._dtype = list(sources), dim, dtype
+        self._starts = np.cumsum([0, *(len(source.digests) for source in sources)])
 
     def read(self, positions: NDArray[np.int64]) -> NDArray[Any]:
         """Features (N, D) of the rows at N positions, in their order; each source is read once, from start to end."""
@@ -142,6 +142,29 @@ class RowTable(DigestTable):
         return values
 
 
+class RowTable(DigestTable):
+    """Rows that lie in several places, by their digests.
+
+    Parameters
+    ----------
+    sources, dim, dtype
+        As of `RowReader`.
+
+    Attributes
+    ----------
+    rows
+        The same rows by their positions, without what finds them.
+    """
+
+    def __init__(self, sources: Sequence[Source], dim: int, dtype: str) -> None:
+        super().__init__([source.digests for source in sources])
+        self.rows = RowReader(sources, dim, dtype)
+
+    def read(self, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Features (N, D) of the rows at N positions, in their order."""
+        return self.rows.read(positions)
+
+
 def _split_windows(
     wanted: NDArray[np.int64], rows: NDArray[np.int64], window: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -154,11 +177,11 @@ def _split_windows(
 class GatheredRows:
     """Rows of a table in a certain order, as features (N, D) that are fetched slice by slice.
 
-    Positions (N, K) give the views of images, (N, K, D).
+    Positions (N, K) give the views of images, (N, K, D). What finds rows in the table is not kept.
     """
 
     def __init__(self, table: RowTable, positions: NDArray[np.int64], dim: int) -> None:
-        self._table, self._positions = table, positions
+        self._rows, self._positions = table.rows, positions
         self.shape = (*positions.shape, dim)
 
     def __len__(self) -> int:
@@ -167,7 +190,7 @@ class GatheredRows:
     def __getitem__(self, rows: slice) -> NDArray[Any]:
         """(n, D) of these rows, or (n, K, D)."""
         positions = self._positions[rows]
-        return self._table.read(positions.reshape(-1)).reshape(*positions.shape, self.shape[-1])
+        return self._rows.read(positions.reshape(-1)).reshape(*positions.shape, self.shape[-1])
 
 
 @contextlib.contextmanager

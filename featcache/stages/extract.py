@@ -219,9 +219,9 @@ def finish_extraction(
         listing = plan.listing.without(bad) if bad else plan.listing
         n_computed = _count_usable(missing, computed.bad, plan.listing)
         if n_computed or damaged or not _is_up_to_date(plan, listing, config):
-            table = _make_table(plan, sources, [*plan.parts, *computed.parts])
+            parts = [*plan.parts, *computed.parts]
             provenance = _describe_origin(plan, listing, config, memory, meter, computed)
-            write_cache(plan.output, _gather(plan, listing, table, provenance))
+            write_cache(plan.output, _gather(plan, listing, sources, parts, provenance))
     if left := remove_parts(plan.output, plan.key):
         progress.say(f"{len(left)} files stay in {parts_path(plan.output)}: of another extractor, or not featcache's")
     if plan.old and plan.sources and (gone := _count_gone(plan.old.listing, listing)):
@@ -250,9 +250,11 @@ def _make_table(plan: Plan, sources: Sequence[Source], parts: Sequence[Part]) ->
     return RowTable([*sources, *map(PartSource, parts)], plan.width, STORED_TYPES[stored_precision(plan.extractor)])
 
 
-def _gather(plan: Plan, listing: Listing, table: RowTable, provenance: dict[str, Any]) -> FeatureCache:
-    """The cache to be written: every image of the listing with its row of the table."""
-    splits = {}
+def _gather(
+    plan: Plan, listing: Listing, sources: Sequence[Source], parts: Sequence[Part], provenance: dict[str, Any]
+) -> FeatureCache:
+    """The cache to be written: every image of the listing with its row."""
+    table, splits = _make_table(plan, sources, parts), {}
     for name, split in listing.splits.items():
         n = plan.views.count(name)
         positions = np.concatenate([found for _, found in iterate_found(table, split.digests, plan.views, n)])
