@@ -37,8 +37,12 @@ Use it like this::
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+MAX_SHOWN = 100  # characters of what data calls something, in a message
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class FeatcacheError(Exception):
@@ -62,7 +66,13 @@ class InputError(FeatcacheError, ValueError):
 
 
 class DatasetError(FeatcacheError):
-    """The folder is not a usable image data set, or the table no usable table of features."""
+    """The folder is not a usable image data set, or the table no usable table of features.
+
+    The message is one line, whatever the names in it hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(make_printable(message))
 
 
 class BackboneError(FeatcacheError):
@@ -194,9 +204,33 @@ class BadImagesError(FeatcacheError):
 
 
 def make_printable(text: str) -> str:
-    r"""Text that does nothing to a terminal: control characters as \xNN.
+    r"""Text that does nothing to a terminal, in one line: control characters as \xNN, other ends of lines as \uNNNN.
 
     >>> make_printable("red.jpg\n\x1b[31m")
     'red.jpg\\x0a\\x1b[31m'
     """
-    return "".join(f"\\x{ord(c):02x}" if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def shorten(text: str) -> str:
+    """What data calls something, for a message: printable, and cut if it is long.
+
+    >>> shorten("red"), shorten("x" * 5000) == "x" * 100 + "... (5,000 characters)"
+    ('red', True)
+    """
+    cut = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text):,} characters)"
+    return make_printable(cut)
+
+
+def show_value(value: object) -> str:
+    """A value that data holds, for a message; of one that holds others its type.
+
+    >>> show_value("red"), show_value(1.5), show_value({"a": [1]})
+    ("'red'", '1.5', 'a dict')
+    """
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else shorten(repr(value))

@@ -1,4 +1,4 @@
-"""Rows of CSV and Parquet files: headers checked, lines counted, errors in one line. Knows no features and no labels.
+"""Rows of CSV, JSON and Parquet files: headers checked, lines counted, errors in one line. Knows no features and no labels.
 
 Nothing in a table is ever executed: no pickle is loaded.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import struct
 import tokenize
 import zipfile
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from featcache.errors import DatasetError
+from featcache.errors import DatasetError, shorten
 from featcache.extras import import_extra
 
 # What numpy, pyarrow and the containers below them raise for files that are not what they seem.
@@ -27,7 +28,9 @@ UNREADABLE = (
 
 def list_columns(there: Sequence[str], at_most: int = 8) -> str:
     """The names of a table's columns, in words."""
-    shown = ", ".join(map(str, there[:at_most])) + (f" and {len(there) - at_most} more" if len(there) > at_most else "")
+    shown = ", ".join(shorten(str(name)) for name in there[:at_most]) + (
+        f" and {len(there) - at_most} more" if len(there) > at_most else ""
+    )
     return f"its columns are {shown}" if there else "it has no columns"
 
 
@@ -40,7 +43,9 @@ def check_names(names: Sequence[str], path: Path | str) -> None:
                 f"index=False)"
             )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DatasetError(f"{path} has more than one column {', '.join(twice)}: expected different names")
+        raise DatasetError(
+            f"{path} has more than one column {', '.join(map(shorten, twice))}: expected different names"
+        )
 
 
 def check_header(names: Sequence[str], path: Path | str) -> None:
@@ -75,6 +80,15 @@ def iterate_lines(reader: Any, n_fields: int, path: Path | str) -> Iterator[tupl
                 f"{path}, line {reader.line_num} has {len(fields)} fields: expected {n_fields}, as in the first line"
             )
         yield reader.line_num, fields
+
+
+def read_json(text: str, where: str) -> Any:
+    """What a text in JSON holds. Raises a DatasetError if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # of an integer with thousands of digits it is no JSONDecodeError
+        reason = first_line(error).partition(";")[0]
+        raise DatasetError(f"{where} is no JSON ({reason}): expected an object; write it again") from error
 
 
 @contextlib.contextmanager

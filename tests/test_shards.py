@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from source_fixture import upload
 
-from featcache.cache import list_done, list_jobs, list_parts, open_cache, parts_path, read_bad, read_cache
+from featcache.cache import (
+    keep_bad,
+    keep_job,
+    list_done,
+    list_jobs,
+    list_parts,
+    open_cache,
+    parts_path,
+    read_bad,
+    read_cache,
+)
 from featcache.dataset import remote
 from featcache.errors import (
     BadImagesError,
@@ -350,8 +361,146 @@ def test_a_bad_image_is_named_by_its_share_and_by_the_merge(
 
 def test_a_share_of_another_extractor_is_refused(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
     run_share(photos, tmp_path / "f.h5", "1/2")
-    with pytest.raises(StaleCacheError, match=r"another extractor is at work .*precision\.stored: float32 -> float16"):
+    with pytest.raises(StaleCacheError, match=r"extract something else .*precision\.stored: float32 -> float16"):
         run_share(photos, tmp_path / "f.h5", "2/2", store="float16")
+
+
+@pytest.mark.parametrize("settings", [{"views": 2}, {"seed": 5}, {"val_fraction": 0.5}], ids=str)
+def test_shares_of_other_settings_are_refused_and_forced_ones_begin_anew(
+    settings: dict[str, Any], flat_photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output, name = tmp_path / "f.h5", next(iter(settings))
+    run_share(flat_photos, output, "1/2", **settings)
+    with pytest.raises(StaleCacheError, match=f"extract something else .*{name}"):
+        run_share(flat_photos, output, "1/2")
+    assert run_share(flat_photos, output, "1/2", force=True).unfinished == (2,)
+    assert run_share(flat_photos, output, "2/2").extraction
+    whole = extract_features(flat_photos, tmp_path / "whole.h5", **TINY)
+    assert content(output) == whole.cache.content_sha256
+    assert not open_cache(output).views
+
+
+def test_shares_take_rows_of_another_cache_and_so_does_the_merge(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extract_features(photos, tmp_path / "whole.h5", **TINY)
+    fill_class(photos / "train" / "red", COLOURS["red"], 8, seed=100)  # two more
+    monkeypatch.chdir(tmp_path)
+    done = [run_share(photos, tmp_path / "f.h5", f"{n}/3", reuse=("whole.h5",)) for n in (1, 2, 3)]
+    assert sum(one.computed for one in done) == len(open_cache(tmp_path / "f.h5")) - len(whole.cache) == 2
+    assert content(tmp_path / "f.h5") == extract_features(photos, tmp_path / "all.h5", **TINY).cache.content_sha256
+
+
+def test_damage_in_the_cache_that_is_there_is_mended_by_shares_that_rehash(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    before = extract_features(photos, output, **TINY).cache
+    data = bytearray(output.read_bytes())
+    at = data.find(before.splits["train"].features[:].tobytes())
+    data[at + 5] ^= 1
+    output.write_bytes(data)
+    fill_class(photos / "train" / "red", COLOURS["red"], 8, seed=100)  # two more
+    for number in (1, 2):
+        run_share(photos, output, f"{number}/2")
+    with pytest.raises(UnfinishedError, match="run the shards again, with --rehash"):
+        merge_shards(output)
+    assert sum(run_share(photos, output, f"{number}/2", rehash=True).computed for number in (1, 2)) == 12
+    assert content(output) == extract_features(photos, tmp_path / "all.h5", **TINY).cache.content_sha256
+
+
+def test_a_finished_share_that_runs_again_leaves_nothing_and_says_that_all_have_finished(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    for number in (1, 2, 3):
+        run_share(photos, output, f"{number}/3")
+    again = run_share(photos, output, "1/3")
+    assert (again.computed, again.unfinished) == (0, ())
+    assert not parts_path(output).exists()
+
+
+def test_shares_in_int8_are_cut_alike_whoever_calibrates(
+    flat_photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    int8 = {**TINY, "precision": "int8", "runtime": "onnx", "workers": None}
+    done = [extract_shard(flat_photos, tmp_path / "f.h5", shard=f"{number}/3", **int8) for number in (2, 1, 3)]
+    assert sum(one.computed for one in done) == 60
+    assert done[-1].extraction
+    whole = extract_features(flat_photos, tmp_path / "whole.h5", **int8)
+    assert content(tmp_path / "f.h5") == whole.cache.content_sha256
+
+
+def test_two_data_sets_in_one_place_are_told_of(photos: Path, tmp_path: Path, tiny: type[TinyFamily]) -> None:
+    output, other = tmp_path / "f.h5", tmp_path / "other"
+    shutil.copytree(photos, other)
+    fill_class(other / "train" / "red", COLOURS["red"], 8, seed=100)
+    run_share(photos, output, "1/2")
+    run_share(other, output, "1/2")
+    with pytest.raises(
+        CacheError, match=r"shards saw the data in .*other and in .*photos; say which it is with --data"
+    ):
+        merge_shards(output)
+    run_share(other, output, "2/2")
+    assert len(open_cache(output)) == 20
+
+
+def test_a_copy_that_is_overtaken_between_two_pieces_goes_on(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.cache.parts.LEFT_ROWS", 1)  # digests of parts are left in their files
+    monkeypatch.setattr(share, "PIECE_IMAGES", 3)
+    output, original, pieces = tmp_path / "f.h5", share.read_piece, []
+    run_share(photos, output, "1/2")
+
+    def be_overtaken(*arguments: Any) -> Any:
+        pieces.append(arguments)
+        if len(pieces) == 2:
+            monkeypatch.setattr(share, "read_piece", original)
+            assert run_share(photos, output, "2/2").extraction
+        return original(*arguments)
+
+    monkeypatch.setattr(share, "read_piece", be_overtaken)
+    slower = run_share(photos, output, "2/2")
+    assert slower.extraction
+    assert not parts_path(output).exists()
+
+
+def test_what_a_stranger_wrote_of_a_job_is_refused_in_one_line(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    run_share(photos, output, "1/2")
+    real = list_jobs(output)[0]
+    strange = [
+        replace(real, extractor={}),
+        replace(real, extractor={**real.extractor, "precision": []}),
+        replace(real, extractor={**real.extractor, "dim": "x"}),
+        replace(real, settings={**real.settings, "seed": "x"}),
+        replace(real, settings={**real.settings, "val_fraction": "0.1"}),
+    ]
+    for job in strange:
+        for path in parts_path(output).glob("job-*"):
+            path.unlink()
+        keep_job(output, job)
+        with pytest.raises(CacheError) as caught:
+            merge_shards(output)
+        assert "remove it" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_note_of_bad_images_that_is_not_what_its_name_says_is_ignored(
+    photos: Path, tmp_path: Path, tiny: type[TinyFamily]
+) -> None:
+    output = tmp_path / "f.h5"
+    run_share(photos, output, "1/2")
+    key = list_jobs(output)[0].key
+    keep_bad(output, key, {"ab" * 32: "no image"})
+    assert read_bad(output, key) == {"ab" * 32: "no image"}
+    note = next(parts_path(output).glob("bad-*"))
+    note.write_text(json.dumps({"cd" * 32: "no image"}))
+    assert read_bad(output, key) == {}
 
 
 def test_the_data_may_lie_elsewhere_where_the_file_is_put_together(

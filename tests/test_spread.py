@@ -7,13 +7,14 @@ one with a cluster of three nodes is a program of its own, `spread_nursery`.
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyFamily
+from conftest import COLOURS, TinyFamily, fill_class
 from ray_nursery import run_alone
 from source_fixture import pack_shards, save_hub_rows, upload, upload_photos, upload_shards, write_csv, write_parquet
 
@@ -134,6 +135,20 @@ def test_an_extraction_that_was_stopped_goes_on_with_its_parts(
     assert extract_here(photos, tmp_path / "f.h5").computed == 0
     whole = extract_features(photos, tmp_path / "whole.h5", **TINY)
     assert open_cache(tmp_path / "f.h5").content_sha256 == whole.cache.content_sha256
+
+
+def test_rows_of_other_caches_are_taken_and_moved_data_computes_nothing(
+    photos: Path, tmp_path: Path, here: pytest.MonkeyPatch
+) -> None:
+    whole = extract_features(photos, tmp_path / "whole.h5", **TINY)
+    moved = extract_here(photos.rename(tmp_path / "moved"), tmp_path / "whole.h5")
+    assert (moved.computed, moved.cache.content_sha256) == (0, whole.cache.content_sha256)
+    copied_to = shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    fill_class(copied_to / "train" / "red", COLOURS["red"], 8, seed=100)  # two more
+    reused = extract_here(copied_to, tmp_path / "f.h5", reuse=(tmp_path / "whole.h5",))
+    assert (reused.computed, len(reused.cache)) == (2, 20)
+    again = extract_features(copied_to, tmp_path / "all.h5", **TINY)
+    assert reused.cache.content_sha256 == again.cache.content_sha256
 
 
 def test_an_item_that_kills_its_process_is_cut_into_images(

@@ -56,7 +56,7 @@ tidying    what caches and leftovers lie in a folder, and their removal
 
 from featcache.cache.contents import SCHEMA, STORED_TYPES, FeatureCache, FeatureSplit, stored_precision
 from featcache.cache.index import is_index, list_members
-from featcache.cache.jobs import Job, keep_bad, keep_done, keep_job, list_done, list_jobs, read_bad
+from featcache.cache.jobs import Job, drop_jobs, keep_bad, keep_done, keep_job, list_done, list_jobs, read_bad
 from featcache.cache.joining import JoinedRows
 from featcache.cache.key import (
     Field,
@@ -125,6 +125,7 @@ __all__ = [
     "compare_fields",
     "describe_differences",
     "describe_item",
+    "drop_jobs",
     "estimate_bytes",
     "hash_extractor",
     "hold_output",

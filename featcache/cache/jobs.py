@@ -19,8 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from featcache.cache.contents import STORED_TYPES
 from featcache.cache.key import hash_extractor
-from featcache.cache.parts import NOTE_NAME, list_files, parts_path, read_file
+from featcache.cache.parts import NOTE_NAME, drop_files, list_files, parts_path, read_file
 from featcache.errors import CacheError
 from featcache.files import canonical_json, hash_bytes, pretty_json
 from featcache.storage import Place, write_whole
@@ -41,11 +42,14 @@ class Job:
         Those that decide what comes out.
     extractor
         Description of what computes.
+    reuse
+        Other caches whose rows may be taken.
     """
 
     data: str
     settings: Mapping[str, Any]
     extractor: Mapping[str, Any]
+    reuse: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -53,33 +57,51 @@ class Job:
         return hash_extractor(self.extractor)
 
     @property
-    def sha256(self) -> str:
-        """Digest of all but the data's name, which machines may see in different places."""
+    def meaning(self) -> str:
+        """Digest of what decides the outcome, whatever the data is called and wherever rows are taken from."""
         return hash_bytes(canonical_json([dict(self.settings), self.key]).encode())
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        digest = hash_bytes(canonical_json([self.meaning, self.data, list(self.reuse)]).encode())
+        return f"job-{self.key[:16]}-{digest[:32]}.json"
 
 
 def keep_job(output: Place, job: Job) -> None:
     """Write down what is being extracted into `output`, if nobody has."""
-    path = parts_path(output) / f"job-{job.key[:16]}-{job.sha256[:32]}.json"
+    path = parts_path(output) / job.name
     if path not in list_files(parts_path(output)):
-        value = {"schema": JOB_SCHEMA, "data": job.data, "settings": job.settings, "extractor": job.extractor}
-        write_whole(path, pretty_json(value))
+        value = {"data": job.data, "settings": job.settings, "extractor": job.extractor, "reuse": job.reuse}
+        write_whole(path, pretty_json({"schema": JOB_SCHEMA, **value}))
 
 
 def list_jobs(output: Place) -> list[Job]:
-    """What is being extracted into `output`, the latest last."""
-    notes = _list_notes(output, "job-")
-    jobs = [(path.stat().st_mtime, path.name, _read_job(path)) for path in notes]
-    return [job for _, _, job in sorted(jobs, key=lambda one: one[:2])]
+    """What is being extracted into `output`, in the order of the names."""
+    return [_read_job(path) for path in _list_notes(output, "job-")]
+
+
+def drop_jobs(output: Place, keep: str) -> None:
+    """Forget what else was being extracted into `output` than what has this meaning; rows that were made stay."""
+    drop_files([path for path in _list_notes(output, "job-") if _read_job(path).meaning != keep])
 
 
 def _read_job(path: Place) -> Job:
     value = _read_note(path)
-    sound = value.get("schema") == JOB_SCHEMA and isinstance(value.get("data"), str)
-    if not sound or not all(isinstance(value.get(name), dict) for name in ("settings", "extractor")):
+    if value.get("schema") != JOB_SCHEMA:
         raise CacheError(f"{path} is no description of a job, or of another version of featcache; remove it")
-    job = Job(data=value["data"], settings=value["settings"], extractor=value["extractor"])
-    if f"-{job.sha256[:32]}." not in path.name:
+    try:
+        extractor = dict(value["extractor"])
+        sound = extractor["precision"]["stored"] in STORED_TYPES and int(extractor["dim"]) > 0
+        sound = sound and isinstance(extractor["preprocessing"], dict) and isinstance(extractor["weights"], dict)
+        sound = sound and all(isinstance(text, str) for text in (value["data"], extractor["backbone"], *value["reuse"]))
+        job = Job(
+            data=value["data"], settings=dict(value["settings"]), extractor=extractor, reuse=tuple(value["reuse"])
+        )
+        named = sound and job.name == path.name
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path} is no description of a job ({error!r}); remove it and run a shard again") from error
+    if not named:
         raise CacheError(f"{path} is damaged: it is not what its name says; remove it and run a shard again")
     return job
 
@@ -96,7 +118,9 @@ def read_bad(output: Place, key: str) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for path in _list_notes(output, f"bad-{key[:16]}-"):
         with contextlib.suppress(CacheError):  # it is found out again
-            reasons |= {digest: str(reason) for digest, reason in _read_note(path).items()}
+            found = _read_note(path)
+            if f"-{hash_bytes(canonical_json(found).encode())[:32]}." in path.name:
+                reasons |= {digest: str(reason) for digest, reason in found.items()}
     return reasons
 
 

@@ -263,7 +263,7 @@ def merge_parts(output: Place, kind: str, key: str = "") -> None:
         columns["features"] = np.concatenate([part.read_features() for part in small])
     prefix = f"{ROWS}-{key[:16]}" if kind == ROWS else FILES
     _write_part(parts_path(output), prefix, columns, key, add_up(part.spent for part in small))
-    _remove([part.path for part in small])  # NOTE: after the new one is on the disk
+    drop_files([part.path for part in small])  # NOTE: after the new one is on the disk
 
 
 def read_known_files(output: Place) -> tuple[Stats, Digests]:
@@ -290,12 +290,12 @@ def remove_parts(output: Place, key: str) -> list[Place]:
     folder = parts_path(output)
     if isinstance(folder, RemotePath):
         with contextlib.suppress(StoreError):
-            _remove(_list_mine(folder, key))
+            drop_files(_list_mine(folder, key))
             return list(folder.list_below())
         return []
     if not folder.is_dir():
         return []
-    _remove(_list_mine(folder, key))
+    drop_files(_list_mine(folder, key))
     left = sorted(folder.glob("*"))
     if not left:
         with contextlib.suppress(OSError):  # somebody put something there meanwhile
@@ -317,10 +317,10 @@ def remove_temporary(output: Place) -> None:
     """Remove unfinished files that a dead process left; only who holds the lock may."""
     if isinstance(output, Path):  # in a store nothing is unfinished
         parts = [path for path in list_files(parts_path(output)) if PART_TEMPORARY_NAME.fullmatch(path.name)]
-        _remove([*list_temporary(output), *parts])
+        drop_files([*list_temporary(output), *parts])
 
 
-def _remove(paths: Sequence[Place]) -> None:
+def drop_files(paths: Sequence[Place]) -> None:
     """Remove files, as far as they can be."""
     for path in paths:
         if isinstance(path, Path):

@@ -56,8 +56,9 @@ class Disk:
         try:
             with os.scandir(folder) as entries:
                 return sorted(Entry(entry.name, entry.path, _is_folder(entry)) for entry in entries)
-        except OSError as error:
-            raise DatasetError(f"cannot look into {folder}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # a ValueError of what cannot be a name
+            reason = getattr(error, "strerror", None) or error
+            raise DatasetError(f"cannot look into {folder}: {reason}") from error
 
     def identify(self, folder: str) -> Hashable:
         """Device and inode."""

@@ -20,8 +20,8 @@ from featcache.dataset.folders import IMAGE_EXTENSIONS
 from featcache.dataset.hashing import RACY_NS, fold_stats, look_at_all
 from featcache.dataset.listing import NO_STATS, STATS, Stats
 from featcache.dataset.lists import SPLIT_NAMES, settle_splits
-from featcache.dataset.roots import HUB, Found, Source
-from featcache.errors import DatasetError
+from featcache.dataset.roots import HUB, Found, Source, check_label
+from featcache.errors import DatasetError, show_value
 from featcache.extras import import_extra
 from featcache.tabular import first_line, list_columns
 
@@ -74,7 +74,7 @@ class HubRows(Source):
     def __init__(self, name: str) -> None:
         self.name = name
         place = name.removeprefix(HUB)
-        self._folder = Path(place) if Path(place).is_dir() else None
+        self._folder = Path(place) if os.path.isdir(place) else None  # noqa: PTH112 - a name may be too long for a Path
         self.address = name if self._folder is None else f"{HUB}{self._folder.absolute()}"
         self._splits: dict[str, HubSplit] | None = None
         self._now: dict[str, tuple[tuple[int, ...], ...]] = {}  # stamps as they were seen last
@@ -240,16 +240,18 @@ def read_labels(split: HubSplit, where: str) -> Iterator[str]:
         If one is missing, or neither a text nor an integer.
     """
     names = getattr(split.rows.features[split.label], "names", None)
+    names = names and [check_label(name, f"{where}: class {i}") for i, name in enumerate(names)]
     for chunk in split.rows.data.column(split.label).chunks:
         for i, value in enumerate(chunk.to_pylist()):
-            if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-                raise DatasetError(f"{where}: the label of row {i} is {value!r}, expected a text or an integer")
+            label = check_label(value, f"{where}: the label of row {i}")
             if names is None:
-                yield str(value)
+                yield label
             elif isinstance(value, int) and 0 <= value < len(names):
-                yield str(names[value])
+                yield names[value]
             else:
-                raise DatasetError(f"{where}: the label of row {i} is {value}, expected 0 to {len(names) - 1}")
+                raise DatasetError(
+                    f"{where}: the label of row {i} is {show_value(value)}, expected 0 to {len(names) - 1}"
+                )
 
 
 def list_extensions(split: HubSplit) -> Iterator[str]:

@@ -23,7 +23,7 @@ from featcache.dataset.texts import (
     pack_texts,
     take_texts,
 )
-from featcache.errors import BadImage, DatasetError
+from featcache.errors import BadImage, DatasetError, shorten
 from featcache.files import canonical_json
 
 SPLITS = ("train", "val", "test")
@@ -161,7 +161,7 @@ def agree_on_classes(found: dict[str, set[str]], root: Root) -> tuple[str, ...]:
     for name, classes in found.items():
         if missing := sorted(union - classes):
             raise DatasetError(
-                f"the splits of {root} have different classes: {name} lacks {', '.join(missing)}; expected the same "
+                f"the splits of {root} have different classes: {name} lacks {', '.join(map(shorten, missing))}; expected the same "
                 f"classes in {', '.join(found)}"
             )
     return tuple(sorted(union))
@@ -171,7 +171,7 @@ def check_classes_filled(labels: NDArray[np.int64], classes: Sequence[str], wher
     """Raise a DatasetError if a class has no image, or whatever `noun` is, in `labels` (N,)."""
     counts = np.bincount(labels, minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        raise DatasetError(f"{where} has no {noun} of class {', '.join(empty)}; add {noun}s, or remove the class")
+        raise DatasetError(f"{where} has no {noun} of class {', '.join(map(shorten, empty))}; add {noun}s, or remove the class")
 
 
 def name_sample(clips: bool) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import posixpath
 import re
 import time
@@ -20,9 +19,19 @@ from typing import IO, Any, NamedTuple
 from featcache.dataset.hashing import RACY_NS, look_at_all
 from featcache.dataset.listing import NO_STATS, SPLITS, Stats
 from featcache.dataset.remote import Seen, exists, gather_seen, look_at_urls, open_binary, read_url, settle_seen
-from featcache.dataset.roots import KINDS, READERS, Found, Source, check_url, is_url, strip_local
-from featcache.errors import DatasetError
-from featcache.tabular import check_names, explain_errors, list_columns, open_parquet, read_lines
+from featcache.dataset.roots import (
+    KINDS,
+    READERS,
+    Found,
+    Source,
+    check_label,
+    check_path,
+    check_url,
+    is_url,
+    strip_local,
+)
+from featcache.errors import DatasetError, shorten, show_value
+from featcache.tabular import check_names, explain_errors, list_columns, open_parquet, read_json, read_lines
 
 # What a column may be called; the first name wins over the others.
 COLUMNS = {
@@ -82,11 +91,12 @@ class ListedFiles(Source):
                 path = self._name_path(row)
                 if path in first:
                     raise DatasetError(
-                        f"{self}: {row.where} has the path {row.path}, as {first[path]} has: expected each image once; "
-                        f"take one of them out"
+                        f"{self}: {row.where} has the path {shorten(row.path)}, as {first[path]} has: expected each "
+                        f"image once; take one of them out"
                     )
                 first[path] = row.where
-                rows.setdefault(read_split(row, self.name), []).append((path, read_label(row, self.name)))
+                label = check_label(row.label, f"{self}: the label of {row.where}")
+                rows.setdefault(read_split(row, self.name), []).append((path, label))
         if not first:
             raise DatasetError(f"{self} is empty: expected a row for each image")
         self._others = frozenset(path for path in first if is_url(path))
@@ -102,20 +112,24 @@ class ListedFiles(Source):
 
     def _name_path(self, row: Row) -> str:
         """The name of a row's image."""
-        text = row.path
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
-            hint = "; images inside a Parquet file are read from `hf:FOLDER`" if isinstance(text, dict | bytes) else ""
-            shown = "data" if hint else repr(text)
-            raise DatasetError(f"{self}: the path of {row.where} is {shown}, expected a text{hint}")
+        where = f"{self}: the path of {row.where}"
+        if isinstance(row.path, dict | bytes):
+            raise DatasetError(
+                f"{where} is data, expected a text; images inside a Parquet file are read from `hf:FOLDER`"
+            )
+        text = check_path(row.path, where)
         if text.startswith("/") or (is_url(text) and not is_url(strip_local(text))):
             if is_url(self.address):
                 raise DatasetError(
-                    f"{self}: the path of {row.where} is {text}, on whatever machine reads the list: expected one "
-                    f"relative to {self._folder}, or a URL"
+                    f"{where} is {shorten(text)}, on whatever machine reads the list: expected one relative to "
+                    f"{self._folder}, or a URL"
                 )
             text = strip_local(text)
         elif is_url(text):
-            check_url(text)
+            try:
+                check_url(text)
+            except DatasetError as error:
+                raise DatasetError(f"{where}: {error}") from error
             return text
         return name_below(self._folder, text)
 
@@ -168,15 +182,19 @@ class ListedFiles(Source):
 
 
 def name_below(folder: str, path: str) -> str:
-    """A path relative to a folder if it lies below it, else as a URL.
+    """A path relative to a folder if it lies below it, else as a URL; the same for all that lead to the same place.
 
     >>> name_below("/photos", "./a/../b.jpg"), name_below("/photos", "../b.jpg"), name_below("s3://b/x/y", "../b.jpg")
     ('b.jpg', 'file:///b.jpg', 's3://b/x/b.jpg')
+    >>> name_below("/photos", "//photos//b.jpg"), name_below("//photos", "/b.jpg")
+    ('b.jpg', 'file:///b.jpg')
     """
     scheme = re.match(r"[^:/]+://[^/]*", folder) if is_url(folder) else None
     host = scheme[0] if scheme else ""
     base = folder[len(host) :] or "/"
     whole = posixpath.normpath(posixpath.join(base, path))
+    if not host:  # two slashes at the start stay there otherwise; in a store that is another name
+        base, whole = (re.sub("^//+", "/", text) for text in (base, whole))
     start = base.rstrip("/") + "/"
     if whole.startswith(start):
         return whole[len(start) :]
@@ -189,15 +207,8 @@ def read_split(row: Row, where: str) -> str:
         return ""
     name = SPLIT_NAMES.get(row.split.strip().lower()) if isinstance(row.split, str) else None
     if name is None:
-        raise DatasetError(f"{where}: the split of {row.where} is {row.split!r}, expected train, val or test")
+        raise DatasetError(f"{where}: the split of {row.where} is {show_value(row.split)}, expected train, val or test")
     return name
-
-
-def read_label(row: Row, where: str) -> str:
-    """The class of a row."""
-    if isinstance(row.label, bool) or not isinstance(row.label, int | str) or not str(row.label).strip():
-        raise DatasetError(f"{where}: the label of {row.where} is {row.label!r}, expected a text or an integer")
-    return str(row.label)
 
 
 def settle_splits(rows: dict[str, list[tuple[str, str]]], where: str) -> dict[str, list[tuple[str, str]]]:
@@ -264,10 +275,7 @@ def read_json_lines(file: IO[bytes], name: str) -> Iterator[Row]:
 
 def read_object(line: str, where: str) -> dict[str, Any]:
     """A JSON object."""
-    try:
-        values = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where} is no JSON ({error}): expected an object in each line") from error
+    values = read_json(line, where)
     if not isinstance(values, dict):
         raise DatasetError(f"{where} is no object: expected one with path and label in each line")
     return values

@@ -26,8 +26,8 @@ import numpy as np
 from featcache.dataset.folders import Tree, find_files, list_images
 from featcache.dataset.hashing import fold_stats
 from featcache.dataset.listing import NO_STATS, STATS, Stats
-from featcache.dataset.roots import KINDS, READERS, Files, Found, Source, check_url, is_url, parse_root
-from featcache.errors import DatasetError, FeatcacheError
+from featcache.dataset.roots import KINDS, READERS, Files, Found, Source, check_url, is_name, is_url, parse_root
+from featcache.errors import DatasetError, FeatcacheError, show_value
 from featcache.extras import import_extra
 
 S3 = ("s3", "s3a")
@@ -241,6 +241,8 @@ def list_tree(url: str) -> SeenTree:
         fs.invalidate_cache()  # or it would keep all that in memory
     start = len(base.rstrip("/")) + 1
     files = {name[start:]: describe_info(f"{url}/{name[start:]}", info) for name, info in found.items() if name[start:]}
+    if (bad := next((name for name in files if not is_name(name)), None)) is not None:
+        raise DatasetError(f"{url} has the name {show_value(bad)}: expected names that files can have; rename it")
     if not files:
         raise DatasetError(f"no data set at {url}: expected {KINDS}, found {'a file' if found else 'nothing'}")
     return SeenTree(files)

@@ -16,6 +16,7 @@ workers of a cluster have it too.
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,12 +28,19 @@ from urllib.parse import parse_qsl, urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.errors import DatasetError, FeatcacheError
+from featcache.errors import DatasetError, FeatcacheError, shorten, show_value
 
 HUB = "hf:"
 LIST_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 CACHES = (".h5", ".hdf5", ".he5", ".json")  # and indexes of some
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+MAX_LABEL = 1000  # characters of the name of a class
+MAX_PATH = 4096  # bytes of the path of a sample, as in file systems
+# What fsspec reads that is no place: the address itself is the data, or it leads to another one, or to this machine.
+NO_PLACES = frozenset(
+    "file local asynclocal data reference generic dir git dask zip tar libarchive cached blockcache filecache "
+    "simplecache async_wrapper asyncwrapper".split()
+)
 READERS = 32  # objects that are read at the same time from far away
 LOCAL_URL = re.compile(r"(file|local)://(?=/)")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -212,7 +220,7 @@ def parse_root(data: Path | str) -> Root:
     text = strip_local(text) if isinstance(data, str) else text
     if text.lower().endswith(COMPRESSED):
         raise DatasetError(f"{text} is compressed: expected a plain .tar; unpack it, as `gunzip` or `unzstd` do")
-    is_folder = not is_url(text) and Path(text).is_dir()
+    is_folder = not is_url(text) and os.path.isdir(text)  # noqa: PTH112 - a Path of too long a name raises an error
     if text.lower().endswith(".tar") and not is_folder:
         from featcache.dataset.tars import TarShards
 
@@ -246,8 +254,8 @@ def open_root(data: Path | str) -> Root:
     root = parse_root(data)
     if isinstance(root, Source):
         return root.settle()
-    if not root.is_dir():
-        found = "a file" if root.is_file() else "nothing"
+    if not os.path.isdir(root):  # noqa: PTH112 - as above
+        found = "a file" if os.path.isfile(root) else "nothing"  # noqa: PTH113
         raise DatasetError(
             f"no data set at {root}: expected {KINDS}, found {found}; `featcache sample digits {root}` makes one to try"
         )
@@ -270,7 +278,7 @@ def reopen_root(data: str) -> Root | None:
             return root.settle()
     except FeatcacheError:
         return None
-    return root if root.is_dir() else None
+    return root if os.path.isdir(root) else None  # noqa: PTH112 - as above
 
 
 def name_root(root: Root) -> str:
@@ -351,12 +359,73 @@ def check_url(url: str) -> None:
 
     The names of a data set's images go into caches, runs and reports.
     """
-    parts = urlsplit(url)
-    plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # it may hold a password, and so may the error
+        raise DatasetError(
+            f"an address {shorten(url.partition('://')[0])}://... is no URL: expected one such as s3://bucket/folder"
+        ) from error
+    plain = shorten(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
     if parts.password is not None or any(SECRETS.search(name) for name, _ in parse_qsl(parts.query)):
         raise DatasetError(
             f"{plain} is given with a password or a signature, which would be written into caches and reports: "
             f"expected a URL without; give it to the library of {parts.scheme}:// by environment variables or a file"
         )
-    if "::" in url or parts.scheme in ("file", "local"):
+    if "::" in url or parts.scheme in NO_PLACES:
         raise DatasetError(f"{plain} cannot be read: expected one URL such as s3://bucket/folder, or file:///folder")
+
+
+def check_path(path: Any, where: str) -> str:
+    """A path that data gives a sample.
+
+    Parameters
+    ----------
+    path, where
+        What it gives, and what a person calls that.
+
+    Raises
+    ------
+    DatasetError
+        If no file can be called so.
+    """
+    if not isinstance(path, str) or not path.strip() or not is_name(path) or len(os.fsencode(path)) > MAX_PATH:
+        raise DatasetError(
+            f"{where} is {show_value(path)}, expected a text of {MAX_PATH:,} bytes at most that can be a file's name"
+        )
+    return path
+
+
+def check_label(label: Any, where: str) -> str:
+    """A label that data gives a sample, as the name of a class.
+
+    Parameters
+    ----------
+    label, where
+        What it gives, and what a person calls that.
+
+    Raises
+    ------
+    DatasetError
+        If it is no text and no integer, or no name for a class.
+    """
+    if isinstance(label, bool) or not isinstance(label, int | str) or not str(label).strip():
+        raise DatasetError(f"{where} is {show_value(label)}, expected a text or an integer")
+    name = str(label)
+    if len(name) > MAX_LABEL or not is_name(name):
+        raise DatasetError(
+            f"{where} is {show_value(name)}, expected a text of {MAX_LABEL:,} characters at most that can be written "
+            f"as UTF-8, without NUL"
+        )
+    return name
+
+
+def is_name(text: str) -> bool:
+    r"""Whether a text can be written as file names are, and is the same when it is read again.
+
+    >>> is_name("r\xe9d"), is_name("r\ud800d"), is_name("r\0d")
+    (True, False, False)
+    """
+    try:
+        return "\0" not in text and os.fsdecode(os.fsencode(text)) == text
+    except UnicodeEncodeError:
+        return False

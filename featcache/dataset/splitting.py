@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.dataset.listing import Split
-from featcache.errors import DatasetError
+from featcache.errors import DatasetError, shorten
 from featcache.files import hash_bytes
 
 
@@ -62,7 +62,7 @@ def split_by_content(
         members = np.flatnonzero(rows.labels == label)
         if len(members) < 2:
             raise DatasetError(
-                f"class {name} of {where} has {len(members)} usable {noun}: expected at least 2, one to train on and "
+                f"class {shorten(name)} of {where} has {len(members)} usable {noun}: expected at least 2, one to train on and "
                 f"one to validate; add {noun}s"
             )
         if not validation[members].any():

@@ -9,7 +9,7 @@ headers that lie and ends that are missing are told of, and nothing that a heade
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 import re
 import tarfile
@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from featcache.dataset.folders import DISK, IMAGE_EXTENSIONS
 from featcache.dataset.hashing import RACY_NS, fold_stats
 from featcache.dataset.listing import NO_STATS, SPLITS, STATS, Stats
-from featcache.dataset.roots import COMPRESSED, KINDS, READERS, Found, Source, check_url, is_url
-from featcache.errors import DatasetError
+from featcache.dataset.roots import COMPRESSED, KINDS, MAX_PATH, READERS, Found, Source, check_label, check_url, is_url
+from featcache.errors import DatasetError, shorten
+from featcache.tabular import read_json
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_LABEL_BYTES = 65_536  # of a .cls or .json member
@@ -329,9 +330,8 @@ def expand_braces(pattern: str) -> list[str]:
     """
     pieces = re.split(r"(\{[^{}]*\})", pattern)
     choices = [expand_brace(piece) for piece in pieces]
-    n = np.prod([len(choice) for choice in choices], dtype=float)
-    if n > MAX_SHARDS:
-        raise DatasetError(f"{pattern} names {n:.0f} tars: expected {MAX_SHARDS:,} at most")
+    if math.prod(map(len, choices)) > MAX_SHARDS:
+        raise DatasetError(f"{shorten(pattern)} names more than {MAX_SHARDS:,} tars: expected that many at most")
     return ["".join(parts) for parts in product(*choices)]
 
 
@@ -537,15 +537,16 @@ def check_member(info: tarfile.TarInfo, address: str) -> Member:
     DatasetError
         If it is something else, or its name leads elsewhere.
     """
-    name = re.sub(r"^(\./+)+", "", info.name)
+    name, shown = re.sub(r"^(\./+)+", "", info.name), f"{address}: {shorten(info.name)}"
     if not info.isreg() or info.issparse():
         kind = "a sparse file" if info.isreg() else "a link" if info.issym() or info.islnk() else "no file"
         raise DatasetError(
-            f"{address}: {info.name} is {kind}, expected plain files and folders; `tar --dereference "
-            f"--hard-dereference` writes such"
+            f"{shown} is {kind}, expected plain files and folders; `tar --dereference --hard-dereference` writes such"
         )
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or not name:
-        raise DatasetError(f"{address}: the member {info.name!r} leads out of the tar; expected names without / and ..")
+        raise DatasetError(f"{shown} leads out of the tar; expected names without / and ..")
+    if len(os.fsencode(name)) > MAX_PATH:
+        raise DatasetError(f"{shown} has a name too long for a file: expected {MAX_PATH:,} bytes at most")
     return Member(name, info.offset_data, info.size, info.chksum)
 
 
@@ -573,7 +574,7 @@ def take_member(member: Member, file: IO[bytes], samples: dict[str, Sample], ign
     elif extension in LABELS:
         sample = samples.setdefault(key, Sample())
         if extension in sample.labels:
-            raise DatasetError(f"{address}: {key}{extension} is there twice; expected each sample once")
+            raise DatasetError(f"{address}: {shorten(member.name)} is there twice; expected each sample once")
         if (label := read_label(file, member, extension, address)) is not None:
             sample.labels[extension] = label
     else:
@@ -597,32 +598,24 @@ def read_label(file: IO[bytes], member: Member, extension: str, address: str) ->
     Raises
     ------
     DatasetError
-        If it is too large, or no text, or no JSON.
+        If it is too large, or no text, or no JSON, or names no class.
     """
-    where = f"{address}: {member.name}"
+    where = f"{address}: {shorten(member.name)}"
     if member.size > MAX_LABEL_BYTES:
         raise DatasetError(f"{where} has {member.size:,} bytes: expected a label of {MAX_LABEL_BYTES:,} at most")
     file.seek(member.offset)
     try:
         text = file.read(member.size).decode("utf-8")
-        if extension == ".cls":
-            return check_label(text.strip(), where)
-        values = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DatasetError(f"{where} is no UTF-8 text or no JSON ({type(error).__name__}); write it again") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{where} is no UTF-8 text ({error.reason}); write it again") from error
+    of_it = f"{address}: the label of {shorten(member.name)}"
+    if extension == ".cls":
+        return check_label(text.strip(), of_it)
+    values = read_json(text, where)
     found = [values[name] for name in JSON_LABELS if name in values] if isinstance(values, dict) else []
     if not found:
         return None
-    if isinstance(found[0], bool) or not isinstance(found[0], int | str):
-        raise DatasetError(f"{where} has the label {found[0]!r}: expected a text or an integer")
-    return check_label(str(found[0]).strip(), where)
-
-
-def check_label(label: str, where: str) -> str:
-    """A label that can name a class."""
-    if not label or "\0" in label:
-        raise DatasetError(f"{where} has the label {label!r}: expected a text or an integer")
-    return label
+    return check_label(found[0], of_it).strip()
 
 
 def pair_up(samples: dict[str, Sample], ignored: list[str], address: str) -> Iterator[tuple[Member, str]]:
@@ -636,19 +629,22 @@ def pair_up(samples: dict[str, Sample], ignored: list[str], address: str) -> Ite
     for key, sample in samples.items():
         if sample.others and not sample.images:
             raise DatasetError(
-                f"{address}: {sample.others[0]} has a dot within its name, with which its extension begins: expected "
-                f"{key}.jpg or the like; write the tar without such dots"
+                f"{address}: {shorten(sample.others[0])} has a dot within its name, with which its extension begins: "
+                f"expected {shorten(key)}.jpg or the like; write the tar without such dots"
             )
         if not sample.images:
             ignored += [f"{key}{extension}" for extension in sample.labels]
             continue
         if len(sample.images) > 1:
-            names = ", ".join(member.name for member in sample.images)
-            raise DatasetError(f"{address}: the sample {key} has {len(sample.images)} images, {names}: expected one")
+            names = shorten(", ".join(member.name for member in sample.images))
+            raise DatasetError(
+                f"{address}: the sample {shorten(key)} has {len(sample.images)} images, {names}: expected one"
+            )
         label = sample.labels.get(".cls", sample.labels.get(".json"))
         if label is None:
             raise DatasetError(
-                f'{address}: {sample.images[0].name} has no label: expected {key}.cls, or {key}.json with "label" in it'
+                f"{address}: {shorten(sample.images[0].name)} has no label: expected {shorten(key)}.cls beside it, or "
+                f'the same with .json and "label" in it'
             )
         yield sample.images[0], label
 

@@ -303,7 +303,7 @@ def _find_machine(plan: Plan, earlier: Sequence[Mapping[str, Any]]) -> dict[str,
     return {
         "device": str(first.get("device", "")),
         "runtime": str(first.get("runtime", "")),
-        "environment": dict(first.get("environment", {})),
+        "environment": first["environment"] if isinstance(first.get("environment"), dict) else {},
         "peak_memory_bytes": max(peaks, default=None),
     }
 

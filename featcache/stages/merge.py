@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from featcache.cache import (
@@ -11,6 +12,7 @@ from featcache.cache import (
     hold_output,
     list_done,
     list_jobs,
+    list_parts,
     open_cache,
     open_old,
     parts_path,
@@ -86,17 +88,52 @@ def merge_shards(
     >>> merge_shards("photos.h5").cache.splits["train"].features.shape     # doctest: +SKIP
     (244, 512)
     """
-    meter, memory = Meter(), PeakMemory()
-    output = follow_link(locate(output))
+    meter, output = Meter(), follow_link(locate(output))
     check_writable(output)
     check_parts(output)
+    jobs = list_jobs(output)
+    if not jobs:
+        return _take_finished(output, meter)
+    job = choose_job(jobs, output, data)
+    progress.say(f"{output}: shards of {data or job.data} are put together")
+    return merge_job(job, output, data=data, skip_bad=skip_bad, wait=wait, force=force, progress=progress)
+
+
+def choose_job(jobs: Sequence[Job], output: Place, data: Path | str | None) -> Job:
+    """The one job that several shards have written down, wherever each saw the data.
+
+    Raises
+    ------
+    CacheError
+        If they are at different ones.
+    """
+    if len({job.meaning for job in jobs}) > 1:
+        raise CacheError(
+            f"shards have extracted different things into {output} ({parts_path(output)}); run those of one again with "
+            f"--force, or drop all with `featcache cache prune {output}`"
+        )
+    names = sorted({job.data for job in jobs})
+    if len(names) > 1 and data is None:
+        raise CacheError(f"shards saw the data in {' and in '.join(names)}; say which it is with --data")
+    return replace(jobs[0], reuse=tuple(dict.fromkeys(path for job in jobs for path in job.reuse)))
+
+
+def merge_job(
+    job: Job,
+    output: Place,
+    *,
+    data: Path | str | None,
+    skip_bad: bool,
+    wait: bool = False,
+    force: bool,
+    progress: Progress,
+) -> Extraction:
+    """Put the file of a job together; parameters and errors as of `merge_shards`."""
+    meter, memory = Meter(), PeakMemory()
     with hold_output(output, wait=wait, progress=progress):
         remove_temporary(output)
-        jobs = list_jobs(output)
-        if not jobs:
-            return _take_finished(output, meter)
-        config = read_job_config(jobs[-1], skip_bad=skip_bad, force=force)
-        return assemble(jobs[-1], output, config, progress, meter, memory, data=data)
+        config = read_job_config(job, skip_bad=skip_bad, force=force)
+        return assemble(job, output, config, progress, meter, memory, data=data)
 
 
 def assemble(
@@ -161,6 +198,8 @@ def _recall_bad(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progress
 
 
 def _say_unfinished(plan: Plan, unknown: Sequence[str]) -> str:
+    if damaged := list_parts(plan.output, "rows", plan.key)[1]:
+        return f"{damaged[0]} is damaged, and its rows are missing; run the shards again, they compute what it held"
     one = len(unknown) == 1
     what = f"{len(unknown):,} image{'' if one else 's'} of {len(plan.listing):,} ha{'s' if one else 've'} no row yet"
     done = list_done(plan.output, plan.key)
@@ -169,7 +208,8 @@ def _say_unfinished(plan: Plan, unknown: Sequence[str]) -> str:
     count = max(done)[1] if done else 0
     left = [str(number) for number in range(1, count + 1) if (number, count) not in done]
     if not left:
-        return f"{what}, such as {unknown[0]}: new or changed since its shard read it; run the shards again"
+        more = ", with --rehash if a cache whose rows were taken is damaged" if plan.sources else ""
+        return f"{what}, such as {unknown[0]}: new or changed since its shard read it; run the shards again{more}"
     some = ", ".join(left[:NAMED_SHARDS]) + (
         f" and {len(left) - NAMED_SHARDS} more" if len(left) > NAMED_SHARDS else ""
     )

@@ -7,30 +7,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featcache.cache import (
     DigestTable,
     Job,
     describe_differences,
+    drop_jobs,
     keep_files,
     keep_job,
+    list_differences,
     list_jobs,
     list_parts,
     parts_path,
 )
 from featcache.config import ExtractConfig
 from featcache.dataset import (
+    NOTHING_KNOWN,
     KnownFiles,
     Listing,
     Names,
     ReadOnce,
     Samples,
     Source,
+    find_known_digests,
     find_samples,
     hash_groups,
     hash_samples,
     name_root,
 )
-from featcache.errors import BadImage, StaleCacheError
+from featcache.errors import BadImage, CacheError, StaleCacheError
+from featcache.files import hash_bytes
 from featcache.progress import SILENT, Progress
 from featcache.stages.plan import (
     Plan,
@@ -38,12 +46,13 @@ from featcache.stages.plan import (
     Settled,
     find_known_files,
     find_missing,
+    iterate_found,
     list_digests,
     open_sources_of,
     settle_extractor,
     settle_views,
 )
-from featcache.storage import Place
+from featcache.storage import Place, locate
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +87,8 @@ class Order:
 
     @functools.cached_property
     def names_sha256(self) -> str:
-        """Digest of which samples there are: of others, a share is another one."""
-        return self.samples.hash_names()
+        """Digest of what is extracted from which samples: of others, a share is another one."""
+        return hash_bytes(f"{self.job.meaning} {self.samples.hash_names()}".encode())
 
     def count_rows(self, samples: Samples) -> int:
         """Rows that are wanted of some samples: of images, and of views of them."""
@@ -145,17 +154,22 @@ def place_order(
         settled = replace(settled, backbone=backbone, device=place)
     samples = find_samples(data, clips=settled.clips)
     progress.say(f"{samples.root}: {len(samples):,} {samples.noun}s, {len(samples.classes)} classes")
-    known, views = find_known_files(output, settled.old), settle_views(config, settled.old)
+    views = settle_views(config, settled.old)
+    known = NOTHING_KNOWN if config.rehash else find_known_files(output, settled.old)
     uncalibrated = settled.extractor["precision"] == {"compute": "int8", "stored": config.store}
     if uncalibrated or (views and not samples.is_split):
         samples, settled = _read_everything(samples, settled, known, output, config, progress, calibrate=uncalibrated)
-        known = find_known_files(output, settled.old)
-    job = Job(data=name_root(samples.root), settings=config.result_settings(), extractor=settled.extractor)
+        known = NOTHING_KNOWN if config.rehash else find_known_files(output, settled.old)
+    job = Job(
+        data=name_root(samples.root),
+        settings=config.result_settings(),
+        extractor=settled.extractor,
+        reuse=tuple(str(make_absolute(locate(path))) for path in config.reuse),
+    )
     join_job(output, job, force=config.force)
     sources = open_sources_of(settled, output, config)
     parts, _ = list_parts(output, "rows", settled.key)
     there = list_digests(sources, views, distrust=config.rehash)
-    n_there = sum(map(len, there))
     empty = Listing(root=samples.root, classes=samples.classes, splits={}, clips=samples.clips)
     plan = Plan(
         output=output,
@@ -175,10 +189,28 @@ def place_order(
         job=job,
         samples=samples,
         plan=plan,
-        table=DigestTable([*there, *(part.digests for part in parts)]),
+        table=DigestTable([*there, *(part.columns["digests"] for part in parts)]),  # parts may vanish: in memory
         known=known,
     )
-    return replace(order, plan=replace(plan, n_new=max(order.count_rows(samples) - n_there, 1)))
+    return replace(order, plan=replace(plan, n_new=_count_new(order, DigestTable(there))))
+
+
+def _count_new(order: Order, there: DigestTable) -> int:
+    """How many rows no cache has, as far as that is known without reading: it decides the runtime."""
+    if not len(there):
+        return order.count_rows(order.samples)
+    return int((find_rows(order, there) < 0).sum())
+
+
+def find_rows(order: Order, table: DigestTable) -> NDArray[np.int64]:
+    """Where the rows of all samples are in a table, -1 where one is not known to be there; no file is read for it."""
+    digests, views, start = find_known_digests(order.samples, order.known), order.plan.views, 0
+    found = [np.empty(0, np.int64)]
+    for name, names in order.samples.groups.items():
+        for _, rows in iterate_found(table, digests[start : start + len(names)], views, views.count(name)):
+            found.append(rows.reshape(-1))
+        start += len(names)
+    return np.concatenate(found)
 
 
 def _read_everything(
@@ -210,8 +242,15 @@ def _read_everything(
         assert settled.backbone
         backbone = calibrate_backbone(settled.backbone, listing, config, progress)
         settled = replace(settled, backbone=backbone, extractor=backbone.describe(config.store))
+    if samples.is_split or not settle_views(config, settled.old):
+        return samples, settled  # in the order in which those see them who come when it is calibrated
     groups = {name: Names(paths=split.paths, labels=split.labels) for name, split in listing.splits.items()}
     return replace(samples, groups=groups), settled
+
+
+def make_absolute(place: Place) -> Place:
+    """The same, from any folder."""
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def join_job(output: Place, job: Job, *, force: bool) -> None:
@@ -222,23 +261,39 @@ def join_job(output: Place, job: Job, *, force: bool) -> None:
     StaleCacheError
         If they are and `force` is not set.
     """
-    keep_job(output, job)
+    if force:
+        drop_jobs(output, job.meaning)
     for other in list_jobs(output):
-        if other.key != job.key and not force:
+        if other.meaning != job.meaning:
+            differences = describe_differences(other.extractor, job.extractor) if other.key != job.key else ""
+            settings = "; ".join(list_differences(other.settings, job.settings))
             raise StaleCacheError(
-                f"another extractor is at work in {parts_path(output)} "
-                f"({describe_differences(other.extractor, job.extractor)}); state the same settings, write elsewhere "
-                f"with -o OTHER.h5, drop its work with `featcache cache prune {output}`, or go on with --force"
+                f"others extract something else into {output} ({differences or settings}); state the same settings, "
+                f"write elsewhere with -o OTHER.h5, drop their work with `featcache cache prune {output}`, or go on "
+                f"beside it with --force"
             )
+    keep_job(output, job)
 
 
 def read_job_config(job: Job, **settings: Any) -> ExtractConfig:
-    """The settings that a job was begun with, and others that decide no row."""
+    """The settings that a job was begun with, and others that decide no row.
+
+    Raises
+    ------
+    CacheError
+        If they make no sense.
+    """
     known = {
-        name: value for name, value in job.settings.items() if name in (*ExtractConfig.RESULT, *ExtractConfig.OPTIONAL)
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in job.settings.items()
+        if name in (*ExtractConfig.RESULT, *ExtractConfig.OPTIONAL)
     }
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
-    return ExtractConfig(**{**lists, **settings})
+    try:
+        return ExtractConfig(**{**known, "reuse": job.reuse, **settings})
+    except (TypeError, ValueError) as error:  # also a SettingsError
+        raise CacheError(
+            f"{job.name} has settings that make no sense ({error}); remove it and run a shard again"
+        ) from error
 
 
 def read_piece(order: Order, samples: Samples, progress: Progress = SILENT) -> Piece:

@@ -319,9 +319,8 @@ def make_plan(
     views = settle_views(config, settled.old)
     there = list_digests(sources, views, distrust=config.rehash)
     missing = find_missing(listing, views, DigestTable([*there, *(part.digests for part in parts)]))
-    n_new = len(missing)
-    if parts:  # what an earlier try has made is counted too: the same runtime is to go on with it
-        n_new = count_missing(listing, views, DigestTable(there))
+    # Copies are counted, and what an earlier try has made: several processes count so, and choose the same runtime.
+    n_new = count_missing(listing, views, DigestTable(there)) if missing else 0
     return Plan(
         output=output,
         decision=_decide(settled, output, config.force, bool(missing)),
@@ -488,9 +487,9 @@ def list_digests(sources: Mapping[Place, FeatureCache], views: Views, *, distrus
         alike = cache.views.is_like(views)
         for name, split in cache.splits.items():
             names = cache.views.name_rows(split.listing.digests, cache.views.count(name) if alike else 0)
-            for where, start, stop in check.damaged if check else ():
+            for where, start, stop in check.damaged if check is not None else ():
                 names[start:stop, 0] = b"" if where == name else names[start:stop, 0]
-            for where, start, stop in check.damaged_views if check else ():
+            for where, start, stop in check.damaged_views if check is not None else ():
                 names[start:stop, 1:] = b"" if where == name else names[start:stop, 1:]
             found.append(names.reshape(-1))
     return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import check_parts, keep_bad, keep_done, keep_job, list_done, list_jobs, open_cache
+from featcache.cache import check_parts, keep_bad, keep_done, list_done, list_jobs, open_cache
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Source
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputBusyError, UnfinishedError
@@ -26,7 +26,7 @@ from featcache.recall import look_around
 from featcache.runs import describe_environment
 from featcache.shards import AUTO, Shard, parse_shard
 from featcache.stages.extract import Extraction, describe_network
-from featcache.stages.merge import merge_shards
+from featcache.stages.merge import merge_job
 from featcache.stages.order import Order, Piece, place_order, read_piece
 from featcache.stages.plan import Plan, remember_extractor, say_kept, take_backbone
 from featcache.storage import Place, check_writable, follow_link, locate
@@ -156,9 +156,11 @@ def extract_shard(
     progress.say(f"{describe_network(order.plan, config)}; shard {share}: {len(mine):,} {order.samples.noun}s")
     n_rows, computed, bad = _compute_share(order, share, mine, config, progress, memory)
     remember_extractor(order.plan, config, start)
-    done = {number for number, count in list_done(output, order.plan.key, order.names_sha256) if count == share.count}
-    unfinished = tuple(number for number in range(1, share.count + 1) if number not in done)
-    extraction = _merge(data, output, config, progress, order) if not unfinished or _is_there(order) else None
+    unfinished = _list_unfinished(order, share)
+    extraction = None
+    if not unfinished or _is_there(order, computed):
+        extraction = _merge(data, output, config, progress, order)
+        unfinished = () if extraction else unfinished
     if bad and not config.skip_bad:
         raise BadImagesError(bad)
     return ShardExtraction(
@@ -281,9 +283,17 @@ class ShareRun:
         return self._execution
 
 
-def _is_there(order: Order) -> bool:
-    """Whether somebody has put a file together while this share was computed: it was a copy of one that was faster."""
+def _list_unfinished(order: Order, share: Shard) -> tuple[int, ...]:
+    """Numbers of the shares that have not come to their end."""
+    done = list_done(order.plan.output, order.plan.key, order.names_sha256)
+    return tuple(number for number in range(1, share.count + 1) if (number, share.count) not in done)
+
+
+def _is_there(order: Order, computed: int) -> bool:
+    """Whether the file seems to be whole: this share was run again, or a copy of it was faster."""
     output, old = order.plan.output, order.plan.old
+    if old and not computed and len(old) == len(order.samples):
+        return True
     if not output.is_file():
         return False
     now = open_cache(output)
@@ -293,14 +303,14 @@ def _is_there(order: Order) -> bool:
 def _merge(
     data: Path | str, output: Place, config: ExtractConfig, progress: Progress, order: Order
 ) -> Extraction | None:
-    """The whole, put together; None if another share that finished at the same moment is at it."""
-    keep_job(output, order.job)  # NOTE: gone where it was put together before; what this share left is tidied up now
+    """The whole, put together; None if there is more to come, or another share is at it."""
+    how: dict[str, Any] = {"skip_bad": config.skip_bad, "force": config.force, "progress": progress}
     try:
-        return merge_shards(output, data=data, skip_bad=config.skip_bad, force=config.force, progress=progress)
+        return merge_job(order.job, output, data=data, **how)
     except OutputBusyError as error:
         progress.say(f"{error}: the file is being put together there")
     except UnfinishedError:
-        if not _is_there(order):
+        if order.plan.old is None and not output.is_file():
             raise
     except CacheError as error:  # where nothing can be locked, it has just been put together, and the parts are gone
         if list_jobs(output):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featcache.cache import DigestTable, keep_bad, keep_done, read_bad
+from featcache.cache import DigestTable, keep_bad, keep_done, open_cache, read_bad
 from featcache.cluster import TRIES, Answer, Cluster, Prepared, Work, check_cluster, join_cluster, spread
 from featcache.config import ExtractConfig
 from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
@@ -29,8 +29,8 @@ from featcache.runs import describe_environment
 from featcache.stages.compute import RowKeeper, find_paths, make_rows, prepare_rows
 from featcache.stages.extract import Extraction, describe_network
 from featcache.stages.merge import assemble
-from featcache.stages.order import Order, place_order, read_piece
-from featcache.stages.plan import Plan, Row
+from featcache.stages.order import Order, find_rows, place_order, read_piece
+from featcache.stages.plan import Plan, Row, list_digests
 from featcache.storage import Place
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def extract_on_cluster(
             except UnfinishedError:  # files have changed meanwhile
                 if attempt == ROUNDS - 1:
                     raise
+                config = replace(config, rehash=True)  # or what was reused is damaged
                 order = place_order(data, output, config, progress, given, device=device)
             else:
                 return replace(extraction, computed=run.computed)
@@ -141,15 +142,15 @@ def find_unfinished(order: Order, given_up: Collection[str]) -> NDArray[np.int64
     everyone = np.arange(len(order.samples), dtype=np.int64)
     if not len(order.table) or not len(order.known):
         return everyone
-    digests = find_known_digests(order.samples, order.known)
-    finished, start = np.zeros(len(everyone), np.bool_), 0
+    found, digests = find_rows(order, order.table) >= 0, find_known_digests(order.samples, order.known)
+    finished, start, row = np.zeros(len(everyone), np.bool_), 0, 0
     for name, names in order.samples.groups.items():
-        some = digests[start : start + len(names)]
-        rows = order.plan.views.name_rows(some, order.plan.views.count(name))
-        found = order.table.find(rows.reshape(-1)).reshape(rows.shape) >= 0
-        bad = np.array([digest in given_up for digest in some], np.bool_)
-        finished[start : start + len(names)] = (found.all(axis=1) | bad) & (np.array(some, "S64") != b"")
-        start += len(names)
+        each = 1 + order.plan.views.count(name)
+        mine, some = found[row : row + each * len(names)].reshape(-1, each), digests[start : start + len(names)]
+        finished[start : start + len(names)] = mine.all(axis=1) | np.array(
+            [digest in given_up for digest in some], np.bool_
+        )
+        start, row = start + len(names), row + each * len(names)
     return everyone[~finished]
 
 
@@ -195,7 +196,7 @@ class ClusterRun:
         plan = order.plan
         nobody = narrow(order.samples.take(np.empty(0, np.int64)))
         listing = replace(plan.listing, root=nobody.root, classes=())
-        bare = replace(plan, listing=listing, old=None, sources=(), parts=())
+        bare = replace(plan, listing=listing, old=None, parts=())
         light = Order(job=order.job, samples=nobody, plan=bare, table=DigestTable([]), known=NOTHING_KNOWN)
         reader = replace(light, plan=replace(bare, backbone=None))
         assert plan.backbone
@@ -283,12 +284,17 @@ class Worker:
         self._plan, self._config = replace(plan, device=torch.device(config.device)), config
         self._execution: Execution | None = None
         self._memory = PeakMemory()
+        caches = {path: open_cache(path) for path in plan.sources}
+        self._there = DigestTable(list_digests(caches, plan.views, distrust=config.rehash))
 
     def __call__(self, prepared: Prepared) -> Answer:
         """Compute what was prepared and keep it, before it is told of."""
-        plan, missing = self._plan, [Row(*row) for row in prepared["missing"]]
+        plan, wanted = self._plan, [Row(*row) for row in prepared["missing"]]
+        found = self._there.find(np.array([row.digest for row in wanted], "S64"))
+        chosen = np.flatnonzero(found < 0)  # whoever decoded them did not know of any cache
+        missing = [wanted[row] for row in chosen.tolist()]
         keeper = RowKeeper(plan, self._config, spent=prepared["spent"])
-        rows = restore_rows(prepared, missing, plan)
+        rows = restore_rows(prepared, missing, chosen, plan)
         if missing:
             execution = self._execution or prepare_rows(plan, rows, self._config)
             for output in execution.run(rows):
@@ -305,14 +311,16 @@ class Worker:
         }
 
 
-def restore_rows(prepared: Prepared, missing: Sequence[Row], plan: Plan) -> DecodedRows:
-    """The decoded images, as they were where they were decoded."""
+def restore_rows(prepared: Prepared, missing: Sequence[Row], chosen: NDArray[np.int64], plan: Plan) -> DecodedRows:
+    """The decoded images, as they were where they were decoded; of all that were prepared these rows."""
     assert plan.backbone
-    images = torch.from_numpy(prepared["pixels"])
+    images, number_of = torch.from_numpy(prepared["pixels"]), {row: i for i, row in enumerate(chosen.tolist())}
+    usable = [at for at, row in enumerate(prepared["rows"].tolist()) if row in number_of]
+    images = images if len(usable) == len(images) else images[usable]
     return DecodedRows(
         [prepared["paths"][row.image][0] for row in missing],
         images.permute(0, 3, 1, 2) if images.ndim == 4 else images,
-        rows=prepared["rows"],
-        reasons=prepared["reasons"],
+        rows=np.array([number_of[int(prepared["rows"][at])] for at in usable], np.int64),
+        reasons={number_of[row]: reason for row, reason in prepared["reasons"].items() if row in number_of},
         transform=make_pixel_transform(plan.backbone.preprocessing),
     )
