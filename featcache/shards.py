@@ -118,7 +118,8 @@ def _find_both(environment: Mapping[str, str]) -> Shard:
     if n_tasks > 1:
         return _number(task, n_tasks)
     raise SettingsError(
-        "--shard auto finds neither RANK and WORLD_SIZE (torchrun), nor SLURM_ARRAY_TASK_ID or SLURM_PROCID (SLURM); "
+        "--shard auto finds neither RANK and WORLD_SIZE (torchrun), nor SLURM_ARRAY_TASK_ID (SLURM), nor SLURM_STEP_ID "
+        "and SLURM_PROCID of more than one task (SLURM's srun); "
         "state it, such as 3/16"
     )
 
@@ -134,8 +135,8 @@ def _find_index(environment: Mapping[str, str]) -> int:
     if n_tasks > 1:
         return task
     raise SettingsError(
-        "--shard auto finds none of RANK (torchrun), JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID and "
-        "SLURM_PROCID (SLURM); state it, such as 3/16"
+        "--shard auto finds none of RANK (torchrun), JOB_COMPLETION_INDEX (Kubernetes), SLURM_ARRAY_TASK_ID (SLURM), "
+        "SLURM_STEP_ID and SLURM_PROCID (SLURM's srun); state it, such as 3/16"
     )
 
 

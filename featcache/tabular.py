@@ -1,6 +1,6 @@
-"""Rows of CSV, JSON and Parquet files: headers checked, lines counted, errors in one line. Knows no features and no labels.
+"""Rows of CSV, JSON and Parquet files: headers checked, lines counted, errors in one line.
 
-Nothing in a table is ever executed: no pickle is loaded.
+Knows no features and no labels. Nothing in a table is ever executed: no pickle is loaded.
 """
 
 from __future__ import annotations

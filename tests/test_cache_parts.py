@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -31,6 +32,7 @@ from featcache.cache import (
     keep_files,
     list_parts,
     make_known_files,
+    merge_parts,
     open_cache,
     open_sources,
     parts_path,
@@ -45,6 +47,7 @@ from featcache.cache.contents import BLOCK_ROWS
 from featcache.dataset import Split
 from featcache.errors import CacheError, OutputError
 from featcache.files import Disk, hash_bytes
+from featcache.metering import Spent
 
 sys.path.append(str(Path(__file__).parent / "faults"))
 from disks import WatchedDisk
@@ -356,6 +359,71 @@ def test_a_part_that_goes_while_it_is_used_is_a_cache_error(output: Path) -> Non
     part.path.unlink()
     with pytest.raises(CacheError, match="cannot be read: No such file"):
         part.read_features()
+
+
+def forge_part(output: Path, prefix: str, columns: dict[str, Any]) -> Path:
+    """A file that is named as a part is, digest and all, with any columns; a str leads to another file."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.attrs.update(
+            {"featcache_part": 1, "seconds": 1.0, "extractor_key": np.bytes_(KEY if prefix[0] == "r" else "")}
+        )
+        for name, values in columns.items():
+            file[name] = h5py.ExternalLink(values, name) if isinstance(values, str) else values
+    path = parts_path(output) / f"{prefix}-{hash_bytes(buffer.getvalue())[:32]}.h5"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+TWO = np.array(name_rows([1, 2]), "S64")
+FORGED_ROWS: dict[str, dict[str, Any]] = {
+    "no features": {"digests": TWO},
+    "one axis": {"digests": TWO, "features": np.zeros(2, "<f4")},
+    "fewer features": {"digests": TWO, "features": np.zeros((1, DIM), "<f4")},
+    "float64": {"digests": TWO, "features": np.zeros((2, DIM), "<f8")},
+    "int32": {"digests": TWO, "features": np.zeros((2, DIM), "<i4")},
+    "a number": {"digests": TWO, "features": np.float32(1)},
+    "short digests": {"digests": TWO.astype("S63"), "features": np.zeros((2, DIM), "<f4")},
+    "a table of digests": {"digests": TWO[:, None], "features": np.zeros((2, DIM), "<f4")},
+    "elsewhere": {"digests": TWO, "features": "other.h5"},
+}
+FORGED_FILES: dict[str, dict[str, Any]] = {
+    "narrow": {"digests": TWO, "stats": np.zeros((2, 3), "<i8")},
+    "longer": {"digests": TWO, "stats": np.zeros((3, 4), "<i8")},
+    "floats": {"digests": TWO, "stats": np.zeros((2, 4), "<f8")},
+    "no stats": {"digests": TWO},
+}
+
+
+@pytest.mark.parametrize("columns", FORGED_ROWS.values(), ids=FORGED_ROWS)
+def test_a_part_of_other_columns_is_damaged_though_its_name_is_right(output: Path, columns: dict[str, Any]) -> None:
+    whole = write_part(output, [5])
+    forged = forge_part(output, f"rows-{KEY[:16]}", columns)
+    parts, damaged = list_parts(output, "rows", KEY)
+    assert ([part.path for part in parts], damaged) == ([whole.path], [forged])
+    with pytest.raises(CacheError, match=r"is damaged: .*; remove it and run the same command again") as raised:
+        Part(path=forged, key=KEY, spent=Spent(), columns={"digests": TWO}).read_features()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("columns", FORGED_FILES.values(), ids=FORGED_FILES)
+def test_a_part_of_files_of_other_columns_is_not_believed(output: Path, columns: dict[str, Any]) -> None:
+    forged = forge_part(output, "files", columns)
+    assert list_parts(output, "files") == ([], [forged])
+    assert make_known_files(read_known_files(output)).find(np.zeros((1, 4), np.int64)) == [""]
+
+
+def test_rows_of_another_width_are_named_where_they_are_used(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_part(output, [5])
+    forged = forge_part(output, f"rows-{KEY[:16]}", {"digests": TWO, "features": np.zeros((2, DIM + 1), "<f4")})
+    parts, _ = list_parts(output, "rows", KEY)
+    table = RowTable([PartSource(part) for part in parts], DIM, "<f4")
+    with pytest.raises(CacheError, match=f"{forged.name} is damaged: its features are of width 5, expected 4; remove"):
+        table.read(table.find(TWO))
+    monkeypatch.setattr("featcache.cache.parts.MANY_PARTS", 2)
+    merge_parts(output, "rows", KEY)
+    assert len(list_parts(output, "rows", KEY)[0]) == 2
 
 
 @pytest.mark.parametrize("other", [OTHER_KEY, KEY[:16] + OTHER_KEY[16:]], ids=["another", "one that starts the same"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +36,7 @@ from featcache.cache import (
     write_cache,
 )
 from featcache.cache.joining import JoinedTexts
+from featcache.cache.streaming import StreamedFeatures
 from featcache.dataset import Split, describe_data, find_common_folder
 from featcache.dataset.texts import pack_texts
 from featcache.errors import CacheError, FeatcacheError, OutputError, SettingsError
@@ -410,7 +415,7 @@ def test_an_index_lies_in_a_store_beside_its_caches(
 def test_caches_that_differ_are_not_indexed(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     write_cache(tmp_path / "a.h5", make_cache())
     write_cache(tmp_path / "b.h5", make_cache(**changes))
-    with pytest.raises(CacheError, match=r"b\.h5 and .*a\.h5 cannot be read as one: ") as raised:
+    with pytest.raises(CacheError, match=r"a\.h5 and .*b\.h5 cannot be read as one: ") as raised:
         index_caches(tmp_path / "all.json", [tmp_path / "a.h5", tmp_path / "b.h5"])
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -518,6 +523,117 @@ def test_a_cache_may_be_called_json(tmp_path: Path) -> None:
 
 def test_the_public_name_makes_an_index(both: tuple[Path, Path], tmp_path: Path) -> None:
     assert len(featcache.index_caches(tmp_path / "y.json", [tmp_path / "piece0.h5"])) == 17
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.h5"])
+def test_a_pipe_is_no_index_and_nobody_waits_for_it(tmp_path: Path, name: str, cli: CLI) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "link.json").symlink_to(tmp_path / name)
+    assert not is_feature_cache(tmp_path / name)
+    assert not is_feature_cache(tmp_path / "link.json")
+    assert list_items(tmp_path) == []
+    write_cache(tmp_path / "a.h5", make_cache())
+    for output, cache in ((tmp_path / name, tmp_path / "a.h5"), (tmp_path / "y.json", tmp_path / name)):
+        refused = cli("index", output, cache)
+        assert refused.code in (1, 2)
+        assert refused.err.count("Error:") == 1
+
+
+def test_an_index_names_no_more_caches_than_it_can(
+    both: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.cache.index.MAX_CACHES", 2)
+    monkeypatch.setattr("featcache.cache.opening.MAX_CACHES", 2)
+    with pytest.raises(CacheError, match="names 3 caches, expected at most 2"):
+        open_cache(both[1])
+    with pytest.raises(SettingsError, match="index of 3 caches: expected at most 2"):
+        index_caches(tmp_path / "x.json", sorted(tmp_path.glob("piece*.h5")))
+
+
+# --- many files -------------------------------------------------------------------------------------------------------
+
+
+def count_open() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("many_texts", [1, 1 << 16], ids=["texts on the disk", "texts in memory"])
+def test_one_file_stays_open_for_each_cache_of_an_index(
+    tmp_path: Path, many_texts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = Views(train=2, seed=3)
+    splits = {name: make_split(9, i, views.count(name)) for i, name in enumerate(("train", "val", "test"))}
+    write_both(tmp_path, make_cache(splits=splits, views=views), {name: [2, 4] for name in splits})
+    monkeypatch.setattr("featcache.cache.reading.MANY_TEXTS", many_texts)
+    gc.collect()
+    before = count_open()
+    with open_readers(tmp_path / "all.json"):
+        assert count_open() == before + 3
+    assert count_open() == before
+    cache = open_cache(tmp_path / "all.json")
+    assert count_open() == before + 3
+    copied = pickle.loads(pickle.dumps(cache.splits["train"]))
+    assert (
+        copied.features[:].tolist() == cache.splits["train"].features[:].tolist() == splits["train"].features.tolist()
+    )
+    for column in ("features", "views"):
+        rows = getattr(cache.splits["train"], column)
+        assert rows[[8, 0, 3, 3]].tolist() == getattr(splits["train"], column)[[8, 0, 3, 3]].tolist()
+    del cache, rows
+    gc.collect()
+    assert count_open() == before
+
+
+def try_with_limit(limit: int, act: Callable[[], object]) -> str:
+    """What is told if so many files may be open; "" if they are enough."""
+    resource = pytest.importorskip("resource", reason="limits are of Unix")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        act()
+    except FeatcacheError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    return ""
+
+
+@needs_proc
+@pytest.mark.parametrize("makes", [False, True], ids=["opened", "made"])
+def test_too_many_open_files_are_one_line_with_the_cure(both: tuple[Path, Path], tmp_path: Path, makes: bool) -> None:
+    pieces = sorted(tmp_path.glob("piece*.h5"))
+
+    def act() -> object:
+        return index_caches(tmp_path / "x.json", pieces) if makes else open_cache(both[1])
+
+    act()  # what is loaded once is loaded
+    gc.collect()
+    numbers = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(max(numbers) + 20) if number not in numbers]
+    told = [try_with_limit(free[i], act) for i in range(8)]
+    assert told[-1] == ""
+    lacking = [text for text in told if text]
+    assert len(lacking) >= 3
+    for text in lacking:
+        assert "\n" not in text
+        assert "extract again" not in text
+    assert any("too many files are open" in text and "`ulimit -n" in text for text in lacking)
+
+
+@given(st.lists(st.integers(0, 299)), st.sampled_from(["<f2", "<i8", "S5"]))
+def test_rows_of_a_file_are_picked_as_from_an_array(numbers: list[int], kind: str) -> None:
+    values = np.arange(600).reshape(300, 2).astype(kind)
+    with tempfile.TemporaryFile() as file:
+        file.write(b"head" + values.tobytes())
+        file.flush()
+        column = StreamedFeatures(file, 4, values.shape, values.dtype, Path("x"))
+        rows = np.array(numbers, np.intp)
+        assert column.pick(rows).tolist() == values[rows].tolist()
+        assert pickle.loads(pickle.dumps(column)).tolist() == values.tolist()
 
 
 # --- rows and texts of several places ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -287,11 +288,28 @@ def test_what_is_not_there_is_told_of_in_one_line(s3: Store, cli: Callable[..., 
         "nothing.tar": "nothing.tar",
         "nothing.csv": "nothing.csv",
         "s3://bucket/photos.tar.gz": "gunzip",
+        "{a,b}" * 60 + ".tar": "names more than 100,000 tars",
+        "{a,b}" * 2000 + ".tar": "names more than 100,000 tars",
+        "x" * 300: "found nothing",
+        "x" * 300 + ".tar": "found nothing",
+        "x" * 300 + ".csv": "found nothing",
+        "x" * 300 + "/*.tar": "cannot look into",
+        "hf:" + "x" * 300: "cannot be loaded",
+        "http://me:pass@[::1/photos": "is no URL",
+        "http://[::1/photos.tar": "is no URL",
+        "data://;base64,AAAA": "cannot be read",
     }.items():
         outcome = cli("extract", data, "--backbone", "tiny")
         assert outcome.code == 1, data
         assert len(outcome.err.splitlines()) == 1, outcome.err
         assert words in outcome.err
+        assert "me:pass" not in outcome.err
+
+
+def test_a_name_in_a_store_that_no_file_can_have_is_told_of(memory_url: str) -> None:
+    fsspec.filesystem("memory").pipe_file(f"{memory_url}/a/\ud800.jpg", encode())
+    with pytest.raises(DatasetError, match=r"the name 'a/\\ud800.jpg'"):
+        list_dataset(memory_url)
 
 
 def test_without_the_package_for_a_store_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,7 +543,7 @@ HOSTILE = {
     "a negative size": (add_header(name="1.jpg", size=-1024), "damaged"),
     "a label of a megabyte": (add_member(tarfile.REGTYPE, "9.cls", size=1 << 20), "a label of 65,536 at most"),
     "a label that is no text": (lambda tar: add_data(tar, "9.cls", b"\xff\xfe"), "no UTF-8"),
-    "an empty label": (lambda tar: add_data(tar, "9.cls", b" \n"), "label ''"),
+    "an empty label": (lambda tar: add_data(tar, "9.cls", b" \n"), "is ''"),
     "json that is none": (lambda tar: add_data(tar, "9.json", b"{"), "no JSON"),
     "json as deep as a well": (lambda tar: add_data(tar, "9.json", b"[" * 60_000), "no JSON"),
     "a label that is a list": (lambda tar: add_data(tar, "9.json", b'{"label": [1]}'), "label"),
@@ -534,13 +552,31 @@ HOSTILE = {
     "a sample with two images": (lambda tar: add_data(tar, "001.png", encode()), "2 images"),
     "an image with a dot in its name": (lambda tar: add_data(tar, "v1.9.jpg", encode()), "a dot within its name"),
     "a label that is there twice": (lambda tar: add_data(tar, "001.cls", b"1"), "twice"),
+    "an integer of 5,000 digits": (lambda tar: add_data(tar, "9.json", b'{"label": %s}' % (b"1" * 5000)), "no JSON"),
+    "a label that nothing can write": (lambda tar: add_data(tar, "9.json", b'{"label": "\\ud800"}'), r"is '\ud800'"),
+    "a label with a NUL": (lambda tar: add_data(tar, "9.cls", b"a\0b"), "without NUL"),
+    "a label as long as a page": (lambda tar: add_data(tar, "9.cls", b"x" * 1001), "1,000 characters at most"),
+    "a label of two lines": (lambda tar: add_data(tar, "9.json", b'{"label": "a\\nb"}') or add_pair(tar), r"a\x0ab"),
+    "a name of two lines": (lambda tar: add_data(tar, "a\nb.jpg", encode()), r"a\x0ab.jpg has no label"),
+    "two images of two lines": (
+        lambda tar: [add_data(tar, f"a\nb.{kind}", encode()) for kind in ("jpg", "png")],
+        r"a\x0ab.jpg, a\x0ab.png",
+    ),
+    "a long name": (lambda tar: add_data(tar, "x" * 2000 + ".jpg", encode()), "(2,004 characters)"),
+    "a name longer than any path": (lambda tar: add_data(tar, "x" * 5000 + ".jpg", encode()), "too long"),
 }
+MAX_MESSAGE = 700  # characters; folders of tests have long names
 
 
 def add_data(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+def add_pair(tar: tarfile.TarFile) -> None:
+    """The image of a sample that is labelled already."""
+    add_data(tar, "9.jpg", encode())
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -557,6 +593,7 @@ def test_a_hostile_tar_is_told_of_in_one_line(name: str, tmp_path: Path) -> None
     assert time.monotonic() - started < 10
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < MAX_MESSAGE
     assert sorted(tmp_path.iterdir()) == [path]  # nothing is unpacked
 
 
@@ -722,6 +759,69 @@ def test_a_list_on_a_store_names_what_lies_beside_it(photos: Path, memory_url: s
         list_dataset(f"{memory_url}/bad.csv")
 
 
+@pytest.mark.parametrize("data", ["x\0y", "x\0y.tar", "x\0y/*.tar", "x\0y.csv", "\ud800/*.tar", "x\ny"], ids=ascii)
+def test_what_cannot_be_a_name_is_told_of_in_one_line(data: str) -> None:
+    with pytest.raises(DatasetError) as caught:
+        open_root(data)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["data://;base64,AAAA", "DATA://;base64,AAAA", "generic://file:///etc/a.jpg", "asynclocal:///etc/a.jpg"]
+)
+def test_a_list_on_a_store_names_places_only(path: str, memory_url: str) -> None:
+    fsspec.filesystem("memory").pipe_file(f"{memory_url}/bad.csv", f'path,label\n"{path}",a\n'.encode())
+    with pytest.raises(DatasetError, match=r"path of line 2: .* cannot be read: expected one URL"):
+        list_dataset(f"{memory_url}/bad.csv")
+
+
+@pytest.mark.parametrize("other", ["//x/red/0.jpg", "/x//red/./0.jpg", "file:////x/red/0.jpg", "/../x/red/0.jpg"])
+def test_an_image_that_is_listed_by_two_paths_is_told_of(other: str, tmp_path: Path) -> None:
+    rows = [{"path": path, "label": "a"} for path in ("/x/red/0.jpg", other)]
+    with pytest.raises(DatasetError, match=r"line 2 has the path .*, as line 1 has"):
+        find_samples(write_list(tmp_path / "a.jsonl", rows))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters()), st.text(st.characters()))
+def test_any_path_and_label_of_a_list_can_be_kept_or_is_told_of_in_one_line(
+    tmp_path: Path, path: str, label: str
+) -> None:
+    rows = [{"path": path, "label": label}, {"path": "x.jpg", "label": "other"}]
+    listed = write_list(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DatasetError) as caught:  # if it is only that no image is there
+        list_dataset(listed)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < MAX_MESSAGE
+    with contextlib.suppress(DatasetError):
+        samples = find_samples(listed)
+        for text in (*samples.classes, *samples.groups[""].paths):
+            assert os.fsdecode(os.fsencode(text)) == text
+            assert "\0" not in text
+
+
+@pytest.mark.parametrize("label", ["\ud800", "\udcc3\udca9", "x" * 1001, "a\0"], ids=ascii)
+def test_a_label_that_cannot_be_kept_is_refused_before_anything_is_computed(
+    label: str, photos: Path, tmp_path: Path, cli: Callable[..., Outcome], tiny: type[TinyFamily]
+) -> None:
+    rows = [{**row, "label": label if row["label"] == "red" else row["label"]} for row in list_rows(photos)]
+    outcome = cli("extract", write_list(tmp_path / "a.jsonl", rows), "--backbone", "tiny", "--weights", "none")
+    assert outcome.code == 1
+    assert "the label of line" in outcome.err
+    assert tiny.calls == 0
+
+
+@pytest.mark.parametrize("label", ["\udcff", "a\nb", "\x1b[31m", "x" * 1000], ids=ascii)
+def test_an_odd_label_is_kept(
+    label: str, photos: Path, tmp_path: Path, cli: Callable[..., Outcome], tiny: type[TinyFamily]
+) -> None:
+    rows = [{**row, "label": label if row["label"] == "red" else row["label"]} for row in list_rows(photos)]
+    listed = write_list(tmp_path / "a.jsonl", rows)
+    outcome = cli("extract", listed, "--backbone", "tiny", "--weights", "none", "-o", tmp_path / "f.h5")
+    assert outcome.code == 0, outcome.err
+    assert label in featcache.open_cache(tmp_path / "f.h5").classes
+
+
 def test_images_of_a_list_are_known_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from featcache.dataset import lists
 
@@ -760,6 +860,17 @@ def test_images_of_a_list_are_known_again(photos: Path, tmp_path: Path, monkeypa
         ("a.jsonl", '{"path": "x.jpg", "label": 1, "split": "train"}\n{"path": "y.jpg", "label": 1}\n', "no split"),
         ("a.jsonl", '{"path": "x.jpg"\n', "no JSON"),
         ("a.jsonl", "[" * 100_000 + "\n", "no JSON"),
+        ("a.jsonl", '{"path": "x.jpg", "label": %s}\n' % ("1" * 5000), "line 1 is no JSON"),
+        ("a.jsonl", '{"path": "data/\\ud800.jpg", "label": 1}\n', r"path of line 1 is 'data/\ud800.jpg'"),
+        ("a.jsonl", '{"path": "%s.jpg", "label": 1}\n' % ("x" * 5000), "(5,006 characters)"),
+        ("a.jsonl", '{"path": "http://[::1/y.jpg", "label": 1}\n', "path of line 1: an address http://... is no URL"),
+        ("a.jsonl", '{"path": "a\\nb", "label": 1}\n' * 2, r"line 2 has the path a\x0ab"),
+        ("a.jsonl", '{"path": "x.jpg", "label": "\\ud800"}\n', r"label of line 1 is '\ud800'"),
+        ("a.jsonl", '{"path": "x.jpg", "label": "a\\u0000"}\n', "without NUL"),
+        ("a.jsonl", '{"path": "x.jpg", "label": "%s"}\n' % ("x" * 1001), "1,000 characters at most"),
+        ("a.jsonl", '{"path": "x.jpg", "label": ["%s"]}\n' % ("x" * 5000), "label of line 1 is a list"),
+        ("a.jsonl", '{"path": "x.jpg", "label": 1, "split": "%s"}\n' % ("x" * 5000), "split of line 1 is 'x"),
+        ("a.jsonl", '{"a\\nb": 1, "%s": 2}\n' % ("x" * 5000), r"its columns are a\x0ab, x"),
         ("a.parquet", "PAR1 or not", "cannot be read as a Parquet table"),
     ],
 )
@@ -770,6 +881,7 @@ def test_what_is_wrong_with_a_list_is_told_of_in_one_line(tmp_path: Path, name: 
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+    assert len(str(caught.value)) < MAX_MESSAGE
 
 
 def test_a_list_with_a_split_column_that_is_empty_in_a_row_is_told_of(tmp_path: Path) -> None:

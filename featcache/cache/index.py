@@ -27,6 +27,7 @@ SUFFIX = ".json"
 MARK = "featcache_index"
 HDF5_MARK = b"\x89HDF"  # what a cache file begins with, whatever it is called
 MAX_BYTES = 1 << 26  # of an index; that of a thousand caches has a quarter of a megabyte
+MAX_CACHES = 100_000  # of one index: more of them are too small
 NAMED_CACHES = 8  # in a command that is told
 
 
@@ -103,7 +104,10 @@ def is_index(place: Place) -> bool:
     if place.suffix != SUFFIX:
         return False
     try:
-        with bring_here(place).open("rb") as file:
+        here = bring_here(place)
+        if not here.is_file():  # to open a pipe is to wait for who writes into it
+            return False
+        with here.open("rb") as file:
             return "".join(file.read(64).decode("ascii", "replace").split()).startswith(f'{{"{MARK}":')
     except OSError:
         return False
@@ -151,6 +155,8 @@ def _parse_index(data: bytes, place: Place) -> Index:
         raise ValueError("its classes or its extractor_key are no texts")
     if not isinstance(value["caches"], list) or not value["caches"]:
         raise ValueError("it names no caches")
+    if len(value["caches"]) > MAX_CACHES:
+        raise ValueError(f"it names {len(value['caches']):,} caches, expected at most {MAX_CACHES:,}")
     members = tuple(_parse_member(item, place) for item in value["caches"])
     return Index(path=place, classes=tuple(classes), key=key, members=members)
 

@@ -36,7 +36,9 @@ class Cuts:
 
     def cut(self, start: int, stop: int) -> Iterator[Piece]:
         """The rows from `start` to before `stop`, part after part."""
-        for part, (first, last) in enumerate(zip(self._starts[:-1].tolist(), self._starts[1:].tolist(), strict=True)):
+        begin, end = max(self.find(start)[0], 0), int(np.searchsorted(self._starts[:-1], stop))
+        for part in range(begin, end):
+            first, last = self._starts[part : part + 2].tolist()
             if max(first, start) < min(last, stop):
                 yield Piece(part, max(first, start) - first, min(last, stop) - first)
 
@@ -61,7 +63,7 @@ class JoinedRows:
     Parameters
     ----------
     parts
-        At least one; arrays, or what gives slices of rows as arrays: then these are all that can be had.
+        At least one; arrays, or what gives slices of rows as arrays: without `pick` these are all that can be had.
 
     Examples
     --------
@@ -124,7 +126,8 @@ class JoinedRows:
         """Rows (n,) in their order."""
         picked = np.empty((len(rows), *self.shape[1:]), self.dtype)
         for part, mine, there in self._cuts.share(rows):
-            picked[mine] = self._parts[part][there]
+            source = self._parts[part]
+            picked[mine] = source.pick(there) if hasattr(source, "pick") else source[there]
         return picked
 
 

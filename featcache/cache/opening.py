@@ -15,7 +15,7 @@ import numpy as np
 
 from featcache.cache import reading
 from featcache.cache.contents import FeatureCache, FeatureSplit, stored_precision
-from featcache.cache.index import SUFFIX, Index, Member, find_index, format_index, is_index
+from featcache.cache.index import MAX_CACHES, SUFFIX, Index, Member, find_index, format_index, is_index
 from featcache.cache.joining import JoinedRows, JoinedTexts
 from featcache.cache.key import describe_differences
 from featcache.cache.reading import (
@@ -41,7 +41,8 @@ def open_cache(path: Place | str) -> FeatureCache:
 
     The mapped features are read from the disk when they are used, and are not checked against their digests; see
     `verify_cache`. Of many rows, paths, digests and stats stay on the disk too, once they are checked. The features
-    of an index are `JoinedRows`: rows, slices, numbers and masks give arrays, and so does `numpy.asarray`.
+    of an index are `JoinedRows`, of which one file for each cache stays open: rows, slices, numbers and masks give
+    arrays, and so does `numpy.asarray`.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def open_cache(path: Place | str) -> FeatureCache:
     if index is None:
         return reading.open_cache(path)
     with open_readers(path) as readers:
-        return join_mapped(index, readers)
+        return join_stored(index, readers)
 
 
 def read_cache(path: Place | str) -> FeatureCache:
@@ -102,7 +103,11 @@ def stream_cache(path: Place | str) -> Iterator[FeatureCache]:
             yield cache
         return
     with open_readers(path) as readers:
-        yield join_streamed(index, readers)
+        for reader in readers:
+            for split in reader.lengths:
+                for column in reader.list_features(split):
+                    check_features(reader, split, column)
+        yield join_stored(index, readers)
 
 
 def verify_cache(path: Place | str) -> Verification:
@@ -243,11 +248,14 @@ def _open_member(member: Member, index: Index) -> CacheReader:
 # --- several as one ---------------------------------------------------------------------------------------------------
 
 
-def join_mapped(index: Index, readers: Sequence[CacheReader]) -> FeatureCache:
-    """Everything but the features, which are mapped."""
+def join_stored(index: Index, readers: Sequence[CacheReader]) -> FeatureCache:
+    """Everything but the features, which are read when they are wanted.
+
+    NOTE: each map would keep a file open, and there are not many that may be; so all columns of a cache share one.
+    """
 
     def fetch(split: str, column: str) -> JoinedRows:
-        return JoinedRows([getattr(reader.cache.splits[split], column) for reader in _having(readers, split)])
+        return JoinedRows([reader.stream_features(split, column) for reader in _having(readers, split)])
 
     return join_caches(index, readers, fetch)
 
@@ -267,23 +275,12 @@ def join_read(index: Index, readers: Sequence[CacheReader]) -> FeatureCache:
     return join_caches(index, readers, fetch)
 
 
-def join_streamed(index: Index, readers: Sequence[CacheReader]) -> FeatureCache:
-    """Everything but the features, which stay on the disk as long as the readers are open; every byte checked."""
-
-    def fetch(split: str, column: str) -> JoinedRows:
-        for reader in _having(readers, split):
-            check_features(reader, split, column)
-        return JoinedRows([reader.stream_features(split, column) for reader in _having(readers, split)])
-
-    return join_caches(index, readers, fetch)
-
-
 def join_caches(index: Index, readers: Sequence[CacheReader], fetch: Fetch) -> FeatureCache:
     """One cache of several that are alike.
 
     What the file system said of the images is not joined: an index is never extended, and has no use for it.
     """
-    caches = [reader.cache for reader in readers]
+    caches = [reader.streamed for reader in readers]
     for reader, cache in zip(readers, caches, strict=True):
         check_complete(cache, reader.path)
     data, prefixes = join_folders([str(cache.provenance["data"]) for cache in caches], index.path)
@@ -317,7 +314,8 @@ def join_folders(data: Sequence[str], index: Place) -> tuple[str, list[str]]:
         return data[0], ["" for _ in data]
     if (common := find_common_folder(data)) is not None:
         return common
-    return str(index.resolve()), [f"{different.index(one)}/" for one in data]
+    numbers = {one: i for i, one in enumerate(different)}
+    return str(index.resolve()), [f"{numbers[one]}/" for one in data]
 
 
 def _join_listings(name: str, caches: Sequence[FeatureCache], prefixes: Sequence[str]) -> Split:
@@ -402,7 +400,7 @@ def index_caches(output: Place | str, caches: Sequence[Place | str], *, progress
         readers = [stack.enter_context(CacheReader(path)) for path in paths]
         check_alike(readers)
         index = describe_members(place, readers)
-        cache = join_mapped(index, readers)
+        cache = join_stored(index, readers)
         write_whole(place, format_index(index))
     for line in list_doubts(cache.listing):
         progress.say(line)
@@ -421,6 +419,8 @@ def check_paths(paths: Sequence[Place]) -> None:
     """Raise a SettingsError if these are not caches that are each named once, by their names."""
     if not paths:
         raise SettingsError("an index of no caches: expected at least one")
+    if len(paths) > MAX_CACHES:
+        raise SettingsError(f"an index of {len(paths):,} caches: expected at most {MAX_CACHES:,}; make larger caches")
     found: dict[Place, Place] = {}
     for path in paths:
         if (other := found.setdefault(path.resolve(), path)) is not path:
@@ -444,7 +444,7 @@ def check_alike(readers: Sequence[CacheReader]) -> None:
         else:
             continue
         raise CacheError(
-            f"{other.path} and {first.path} cannot be read as one: {difference}; index caches of one extractor, the "
+            f"{first.path} and {other.path} cannot be read as one: {difference}; index caches of one extractor, the "
             f"same classes and the same views"
         )
 

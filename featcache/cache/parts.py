@@ -41,6 +41,11 @@ LEFT_ROWS = 1024  # of a part, from which on its digests are left on the disk
 MAX_PART_BYTES = 1 << 30  # what lies there and is larger is no part
 ROWS, FILES = "rows", "files"
 PART_NAME = re.compile(rf"(?P<kind>{ROWS}-[0-9a-f]{{16}}|{FILES})-[0-9a-f]{{32}}\.h5")
+COLUMNS: Mapping[str, Mapping[str, tuple[int, tuple[str, ...]]]] = {  # of each kind of part: axes and types
+    ROWS: {"features": (2, ("<f4", "<f2")), "digests": (1, ("|S64",))},
+    FILES: {"stats": (2, ("<i8",)), "digests": (1, ("|S64",))},
+}
+CURE = "remove it and run the same command again"
 NOTES = ("job", "bad", "done")  # small files beside the parts, see `featcache.cache.jobs`
 NOTE_NAME = re.compile(rf"(?P<note>{'|'.join(NOTES)})-[0-9a-f]{{16}}-[0-9a-f]{{16}}([0-9a-f]{{16}}|-\d+of\d+)\.json")
 PART_TEMPORARY_NAME = re.compile(rf"\.({PART_NAME.pattern}|{NOTE_NAME.pattern})\.\d+\.tmp")
@@ -260,7 +265,10 @@ def merge_parts(output: Place, kind: str, key: str = "") -> None:
         return
     columns = {name: np.concatenate([part.columns[name] for part in small]) for name in small[0].columns}
     if kind == ROWS:
-        columns["features"] = np.concatenate([part.read_features() for part in small])
+        features = [part.read_features() for part in small]
+        if len({(rows.shape[1], rows.dtype) for rows in features}) > 1:
+            return  # they are of no one extractor, as whoever uses them will say
+        columns["features"] = np.concatenate(features)
     prefix = f"{ROWS}-{key[:16]}" if kind == ROWS else FILES
     _write_part(parts_path(output), prefix, columns, key, add_up(part.spent for part in small))
     drop_files([part.path for part in small])  # NOTE: after the new one is on the disk
@@ -387,6 +395,24 @@ def _read_column(there: h5py.Dataset, path: Place) -> NDArray[Any] | StoredTexts
     return values
 
 
+def _find_columns(file: h5py.File, path: Place) -> dict[str, h5py.Dataset]:
+    """The columns that a part of its kind has, if they are such as a part is written with: anybody can hash a file."""
+    kind = FILES if path.name.startswith(FILES) else ROWS
+    columns = {}
+    for name, (ndim, types) in COLUMNS[kind].items():
+        there = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if not isinstance(there, h5py.Dataset) or there.is_virtual or there.external:
+            raise CacheError(f"{path} is damaged: {name} is not stored in it; {CURE}")
+        if there.ndim != ndim or there.dtype.str not in types or there.nbytes > file.id.get_filesize():
+            raise CacheError(f"{path} is damaged: {name} is {there.dtype} {there.shape}; {CURE}")
+        columns[name] = there
+    if len({len(there) for there in columns.values()}) > 1:
+        raise CacheError(f"{path} is damaged: its columns differ in length; {CURE}")
+    if kind == FILES and columns["stats"].shape[1] != len(STATS):
+        raise CacheError(f"{path} is damaged: stats is {columns['stats'].shape}, expected width {len(STATS)}; {CURE}")
+    return columns
+
+
 def _load(path: Place, names: set[str]) -> Part:
     """A part, if its bytes are those that its name promises; HDF5 sees them only then."""
 
@@ -400,11 +426,12 @@ def _load(path: Place, names: set[str]) -> Part:
         with explain_errors(path), h5py.File(io.BytesIO(data), "r") as file:
             if file.attrs["featcache_part"] != PART_SCHEMA:
                 raise CacheError(f"{path} has part schema {file.attrs['featcache_part']}, expected {PART_SCHEMA}")
+            columns = _find_columns(file, path)
             return Part(
                 path=path,
                 key=bytes(file.attrs["extractor_key"]).decode("ascii"),
                 spent=Spent.from_json(dict(file.attrs)),
-                columns={name: _read_column(file[name], path) for name in names if name in file},
+                columns={name: _read_column(there, path) for name, there in columns.items() if name in names},
             )
     except StoreError:  # which is not damage
         raise

@@ -7,12 +7,13 @@ nothing is allocated that the file does not hold.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -195,7 +196,10 @@ def verify_cache(path: Place | str) -> Verification:
 def is_feature_cache(path: Place) -> bool:
     """Whether a file is HDF5 and says that it is a feature cache, however damaged."""
     try:
-        with bring_here(path).open("rb") as stream, h5py.File(stream, "r") as file:
+        here = bring_here(path)
+        if not here.is_file():  # to open a pipe is to wait for who writes into it
+            return False
+        with here.open("rb") as stream, h5py.File(stream, "r") as file:
             return "featcache_schema" in file.attrs
     except (OSError, RuntimeError, KeyError, ValueError):
         return False
@@ -248,26 +252,22 @@ class CacheReader:
 
     def __init__(self, path: Place | str, *, fresh: bool = False) -> None:
         self.path = locate(path)
-        self._stack = contextlib.ExitStack()
         self._extractor: dict[str, Any]
-        try:
-            self._file, self._stream = self._stack.enter_context(open_hdf5(self.path, fresh=fresh))
-            with explain_errors(self.path):
-                self._texts = _read_texts(self._file, self.path)
-                self._extractor = self._load_json("extractor", dict)
-                self._columns_sha256 = self._load_json("columns_sha256", dict)
-                self._check_texts()
-                self.views = self._read_views()
-                self._columns = {name: self._find_columns(name) for name in self._find_splits()}
-                self.lengths = {name: len(columns["features"]) for name, columns in self._columns.items()}
-                self._blocks = {
-                    (name, column): self._read_blocks(name, column)
-                    for name in self._columns
-                    for column in self.list_features(name)
-                }
-        except BaseException:
-            self._stack.close()
-            raise
+        # NOTE: HDF5 only says where the columns are: with many files open, each that it closes takes it long.
+        with open_hdf5(self.path, fresh=fresh) as (file, self._opened), explain_errors(self.path):
+            self._texts = _read_texts(file, self.path)
+            self._extractor = self._load_json("extractor", dict)
+            self._columns_sha256 = self._load_json("columns_sha256", dict)
+            self._check_texts()
+            self.views = self._read_views(file)
+            self._columns = {name: self._find_columns(file, name) for name in self._find_splits(file)}
+        self.lengths = {name: len(columns["features"]) for name, columns in self._columns.items()}
+        with explain_errors(self.path):
+            self._blocks = {
+                (name, column): self._read_blocks(name, column)
+                for name in self._columns
+                for column in self.list_features(name)
+            }
 
     def __enter__(self) -> CacheReader:
         return self
@@ -275,7 +275,8 @@ class CacheReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._columns.clear()
+        del self._opened  # which closes it, unless a column that was given out needs it still
 
     @functools.cached_property
     def cache(self) -> FeatureCache:
@@ -286,11 +287,27 @@ class CacheReader:
         CacheError
             If a column is not what was written.
         """
+        return self._make_cache(self._map_column)
+
+    @functools.cached_property
+    def streamed(self) -> FeatureCache:
+        """Everything but the features, which are read when they are wanted, and so are the stats of many rows.
+
+        All of its columns that are not in memory share one open file.
+
+        Raises
+        ------
+        CacheError
+            If a column is not what was written.
+        """
+        return self._make_cache(self.stream_features)
+
+    def _make_cache(self, fetch: Callable[[str, str], Any]) -> FeatureCache:
         with explain_errors(self.path):
             return FeatureCache(
                 classes=self.classes,
                 extractor=self._extractor,
-                splits={name: self._read_split(name) for name in self.lengths},
+                splits={name: self._read_split(name, fetch) for name in self.lengths},
                 provenance=self.provenance,
                 content_sha256=self._texts["content_sha256"],
                 views=self.views,
@@ -326,7 +343,7 @@ class CacheReader:
     @property
     def bytes(self) -> int:
         """Its size."""
-        return os.fstat(self._stream.fileno()).st_size
+        return os.fstat(self._opened.fileno()).st_size
 
     def list_features(self, split: str) -> list[str]:
         """The columns of features of a split: "features", and "views" where it has some."""
@@ -334,12 +351,12 @@ class CacheReader:
 
     def shape_of(self, split: str, column: str = "features") -> tuple[int, ...]:
         """(N, D) of features, (N, K, D) of views."""
-        return tuple(self._columns[split][column].shape)
+        return self._columns[split][column].shape
 
     def read_features(
         self, split: str, start: int, stop: int, column: str = "features", *, into: NDArray[Any] | None = None
     ) -> NDArray[Any]:
-        """Rows of a split (stop - start, D) in the stored precision, unchecked; perhaps into an array that is there.
+        """Rows of a split (stop - start, D) in the stored precision, unchecked; perhaps into a contiguous array.
 
         Of the column "views" (stop - start, K, D).
         """
@@ -348,7 +365,7 @@ class CacheReader:
             n = max(min(stop, len(there)) - start, 0)
             rows: NDArray[Any] = np.empty((n, *there.shape[1:]), there.dtype) if into is None else into[:n]
             if n:
-                there.read_direct(rows, np.s_[start : start + n])
+                there.read_into(start, rows)
             return rows
 
     def iterate_features(self, split: str, column: str = "features") -> Iterator[tuple[int, NDArray[Any]]]:
@@ -363,10 +380,8 @@ class CacheReader:
             yield start, self.read_features(split, start, start + step, column, into=piece)
 
     def stream_features(self, split: str, column: str = "features") -> StreamedFeatures:
-        """Features, or views, of a split that are read when they are wanted, while this is open."""
-        there = self._columns[split][column]
-        offset = there.id.get_offset() or 0
-        return StreamedFeatures(self._stream, offset, tuple(there.shape), there.dtype, self.path)
+        """Features, or views, of a split that are read when they are wanted, of the file that they keep open."""
+        return self._columns[split][column]
 
     def find_damage(
         self, split: str, features: NDArray[Any], start: int = 0, column: str = "features"
@@ -409,12 +424,12 @@ class CacheReader:
             raise CacheError(f"{self.path} is damaged: its content_sha256 is not that of its columns; {CURE}")
         self._n_classes = len(classes)
 
-    def _read_views(self) -> Views:
+    def _read_views(self, file: h5py.File) -> Views:
         """Which views there are, by an attribute whose digest is among those of the columns."""
         expected = self._columns_sha256.get(VIEWS)
-        if expected is None and VIEWS not in self._file.attrs:
+        if expected is None and VIEWS not in file.attrs:
             return NO_VIEWS
-        text = str(_read_plain(self._file, VIEWS, self.path)) if VIEWS in self._file.attrs else ""
+        text = str(_read_plain(file, VIEWS, self.path)) if VIEWS in file.attrs else ""
         if hash_bytes(text.encode()) != expected:
             raise CacheError(f"{self.path} is damaged: its attribute views is not what was written; {CURE}")
         return Views.from_json(load_json(text, dict, VIEWS, self.path))
@@ -422,15 +437,15 @@ class CacheReader:
     def _load_json(self, name: str, kind: type[Any]) -> Any:
         return load_json(self._texts[name], kind, name, self.path)
 
-    def _find_splits(self) -> list[str]:
-        names = [name for name in SPLITS if name in self._file]
+    def _find_splits(self, file: h5py.File) -> list[str]:
+        names = [name for name in SPLITS if name in file]
         if not {"train", "val"} <= set(names):
             raise CacheError(f"{self.path} is not a whole feature cache: expected train and val; {CURE}")
         return names
 
-    def _find_columns(self, name: str) -> dict[str, h5py.Dataset]:
+    def _find_columns(self, file: h5py.File, name: str) -> dict[str, StreamedFeatures]:
         more = (VIEWS, f"{VIEWS}_sha256") if self.views.count(name) else ()
-        columns = {column: find_column(self._file, f"{name}/{column}", self.path) for column in (*COLUMNS, *more)}
+        columns = {column: find_column(file, f"{name}/{column}", self.path) for column in (*COLUMNS, *more)}
         features, stored = columns["features"], stored_precision(self._extractor)
         if (features.shape[1], features.dtype.str) != (self._extractor["dim"], STORED_TYPES.get(stored)):
             raise CacheError(
@@ -445,7 +460,14 @@ class CacheReader:
             raise CacheError(f"{self.path} is damaged: {name}/stats is {columns['stats'].shape}; {CURE}")
         if more:
             self._check_views(name, columns)
-        return columns
+        return {column: self._stream_column(there) for column, there in columns.items()}
+
+    def _stream_column(self, there: h5py.Dataset) -> StreamedFeatures:
+        """A column without HDF5: the file, and where in it the column lies."""
+        offset = there.id.get_offset() or 0  # None if there are no rows
+        if offset + there.nbytes > self.bytes:
+            raise CacheError(f"{self.path} is damaged: {there.name} {there.shape} is not all there; {CURE}")
+        return StreamedFeatures(self._opened, offset, tuple(there.shape), there.dtype, self.path)
 
     def _check_views(self, name: str, columns: Mapping[str, h5py.Dataset]) -> None:
         """Raise a CacheError if the views of a split are not as many, of such features, as the file states."""
@@ -466,18 +488,26 @@ class CacheReader:
             raise CacheError(f"{self.path} is damaged: {name}/{column}_sha256 is not what was written; {CURE}")
         return blocks
 
-    def _read_split(self, name: str) -> FeatureSplit:
+    def _read_split(self, name: str, fetch: Callable[[str, str], Any]) -> FeatureSplit:
+        """A split whose features, and stats if they are many, are what is fetched."""
         listing = Split(
             paths=self._read_texts(name, "paths"),
             labels=self._read_column(name, "labels").astype(np.int64, copy=False),
             digests=self._read_texts(name, "digests"),
-            stats=self._read_stats(name),
+            stats=self._read_stats(name, fetch),
         )
-        values = {
-            column: map_features(self._columns[name][column], self._stream, self.path)
-            for column in self.list_features(name)
-        }
-        return FeatureSplit(listing=listing, **values)
+        return FeatureSplit(listing=listing, **{column: fetch(name, column) for column in self.list_features(name)})
+
+    def _map_column(self, name: str, column: str) -> NDArray[Any]:
+        """A column as an array that is read from the file when it is used."""
+        there = self._columns[name][column]
+        if not len(there):
+            return np.empty(there.shape, there.dtype)
+        with FileIO(self._opened.fileno(), closefd=False) as stream:
+            mapped: NDArray[Any] = np.memmap(
+                stream, dtype=there.dtype, mode="r", offset=there.offset, shape=there.shape
+            )
+        return mapped
 
     def _read_texts(self, name: str, column: str) -> Sequence[str]:
         """Paths or digests; many of them are checked, and read again when they are wanted."""
@@ -486,21 +516,17 @@ class CacheReader:
         self._check_column(name, column)
         return self._store_texts(name, column)
 
-    def _read_stats(self, name: str) -> Stats:
-        """What the file system said of each file; of many it is checked, and mapped."""
+    def _read_stats(self, name: str, fetch: Callable[[str, str], Any]) -> Stats:
+        """What the file system said of each file; of many it is checked, and fetched."""
         if self.lengths[name] < MANY_TEXTS:
             return self._read_column(name, "stats").astype(np.int64, copy=False)
         self._check_column(name, "stats")
-        return map_features(self._columns[name]["stats"], self._stream, self.path)
+        stats: Stats = fetch(name, "stats")
+        return stats
 
     def _store_texts(self, name: str, column: str) -> StoredTexts:
         there = self._columns[name][column]
-        return StoredTexts(self._kept, there.id.get_offset(), len(there), there.dtype.itemsize)
-
-    @functools.cached_property
-    def _kept(self) -> OpenFile:
-        """The file, for columns that outlive this reader."""
-        return OpenFile(self._stream.fileno(), str(self.path))
+        return StoredTexts(self._opened, there.offset, len(there), there.dtype.itemsize)
 
     def _read_column(self, name: str, column: str) -> NDArray[Any]:
         """A small column, if it is what was written and makes sense."""
@@ -516,18 +542,12 @@ class CacheReader:
             pass
 
     def _iterate_column(self, name: str, column: str) -> Iterator[tuple[int, NDArray[Any]]]:
-        """A column in pieces, each with its first row's number; at its end it is known to be right, or an error raised.
-
-        NOTE: texts that stay on the disk are read here as they will be then, not by HDF5, to which they may be others.
-        """
+        """A column in pieces, each with its first row's number; at its end it is right, or an error raised."""
         there = self._columns[name][column]
-        stored = len(there) >= MANY_TEXTS and column in ("paths", "digests")
-        texts = self._store_texts(name, column) if stored else None
-        digest, step, problem = hashlib.sha256(), max(COLUMN_BYTES * len(there) // max(there.nbytes, 1), 1), ""
+        digest, step, problem = hashlib.sha256(), max(COLUMN_BYTES // there.row_bytes, 1), ""
         for start in range(0, len(there), step):
-            stop = min(start + step, len(there))
-            block: NDArray[Any] = texts.read(start, stop) if texts is not None else there[start:stop]
-            digest.update(np.ascontiguousarray(block).data)
+            block = there[start : start + step]
+            digest.update(block.data)
             problem = problem or self._find_nonsense(name, column, block)
             yield start, block
         if digest.hexdigest() != self._columns_sha256.get(f"{name}/{column}"):
@@ -569,20 +589,9 @@ def hash_blocks(features: NDArray[Any]) -> list[str]:
         return list(pool.map(hash_one, starts))
 
 
-def map_features(dataset: h5py.Dataset, stream: FileIO, path: Place) -> NDArray[Any]:
-    """A column's values as an array that is read from the file when it is used."""
-    offset = dataset.id.get_offset()
-    if offset is None:  # no rows
-        return np.empty(dataset.shape, dataset.dtype)
-    if offset + dataset.nbytes > os.fstat(stream.fileno()).st_size:
-        raise CacheError(f"{path} is damaged: {dataset.name} {dataset.shape} is not all there; {CURE}")
-    mapped: NDArray[Any] = np.memmap(stream, dtype=dataset.dtype, mode="r", offset=offset, shape=dataset.shape)
-    return mapped
-
-
 @contextlib.contextmanager
-def open_hdf5(path: Place, *, fresh: bool = False) -> Iterator[tuple[h5py.File, FileIO]]:
-    """An HDF5 file for reading, and the stream that it is read from; no lock of anybody's keeps it from being read.
+def open_hdf5(path: Place, *, fresh: bool = False) -> Iterator[tuple[h5py.File, OpenFile]]:
+    """An HDF5 file for reading, and the file itself, which may outlive it; nobody's lock keeps it from being read.
 
     Raises
     ------
@@ -600,11 +609,13 @@ def open_hdf5(path: Place, *, fresh: bool = False) -> Iterator[tuple[h5py.File, 
         status = here.stat()
         if hasattr(status, "st_blocks") and status.st_size > (1 << 30) + 1000 * 512 * status.st_blocks:
             raise CacheError(f"{path} claims {status.st_size:,} bytes and holds {512 * status.st_blocks:,}; remove it")
-    with here.open("rb", buffering=0) as stream:  # NOTE: HDF5's own locks fail on some network file systems
+        with here.open("rb", buffering=0) as stream:
+            opened = OpenFile(stream.fileno(), str(path))
+    with FileIO(opened.fileno(), closefd=False) as stream:  # NOTE: HDF5's own locks fail on some network file systems
         with explain_errors(path):
             file = h5py.File(stream, "r")
         try:
-            yield file, stream
+            yield file, opened
         finally:
             file.close()
 
@@ -619,6 +630,11 @@ def explain_errors(path: Place) -> Iterator[None]:
     except StoreError as error:
         raise CacheError(f"cannot read {path}: {error.strerror}; run it again when that is mended") from error
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise CacheError(
+                f"{path} cannot be opened: too many files are open, expected room for one for each cache of an index; "
+                f"raise the limit (`ulimit -n 65536`) and run it again"
+            ) from error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CacheError(
             f"{path} cannot be read as a feature cache ({reason}); choose another place with -o, or if it was one, "
@@ -651,6 +667,8 @@ def find_column(file: h5py.File, name: str, path: Place) -> h5py.Dataset:
         raise CacheError(f"{path} is not a feature cache: {name} is in chunks, not in one piece; {CURE}")
     if group.id.get_storage_size() < group.nbytes or group.nbytes > file.id.get_filesize():
         raise CacheError(f"{path} is damaged: {name} {group.shape} is not all there; {CURE}")
+    if group.nbytes and group.id.get_offset() is None:
+        raise CacheError(f"{path} is not a feature cache: {name} is in its own header, not in one piece; {CURE}")
     return group
 
 

@@ -13,6 +13,7 @@ from featcache.cache.parts import Part
 from featcache.cache.reading import READ_ROWS, VIEWS, CacheReader
 from featcache.dataset import Digests
 from featcache.dataset.texts import BLOCK_TEXTS, TextColumn, TextIndex, pack_blocks, pack_digests
+from featcache.errors import CacheError
 from featcache.storage import Place
 from featcache.views import NO_VIEWS, Views
 
@@ -85,6 +86,9 @@ class PartSource:
         self._part, self.window = part, max(len(part), 1)
         self.digests: Digests | TextColumn = part.digests
 
+    def __str__(self) -> str:
+        return str(self._part.path)
+
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Features (stop - start, D)."""
         return self._part.read_features()[start:stop]
@@ -137,8 +141,14 @@ class RowReader:
             mine = order[first:last]
             for wanted, rows in _split_windows(mine, positions[mine] - offset, source.window):
                 start = int(rows[0])
+                found = source.read(start, int(rows[-1]) + 1)
+                if found.shape[1] != self._dim:
+                    raise CacheError(
+                        f"{source} is damaged: its features are of width {found.shape[1]}, expected {self._dim}; "
+                        f"remove it and run the same command again"
+                    )
                 with np.errstate(over="ignore"):  # the writer looks for what is not finite
-                    values[wanted] = source.read(start, int(rows[-1]) + 1)[rows - start]
+                    values[wanted] = found[rows - start]
         return values
 
 

@@ -34,7 +34,7 @@ from featcache.storage import Place, RemotePath, assembly_path, replace_whole
 
 # Of the features that are gathered at a time. Rows in another order than their sources' are looked for once per such
 # piece, so that it should be large; it is what an assembly needs of memory.
-PIECE_BYTES = 64 << 20
+PIECE_BYTES = 32 << 20
 # Aligned, so that a column can be mapped as an array of its type.
 HDF5 = {"libver": ("v110", "v110"), "alignment_threshold": 512, "alignment_interval": 64}
 

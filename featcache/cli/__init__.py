@@ -98,7 +98,8 @@ class LazyGroup(click.Group):
 def featcache() -> None:
     """Frozen features in a cache, a linear head in milliseconds, and an honest comparison with fine-tuning.
 
-    DATA is a folder DATA/train/CLASS/ and DATA/val/CLASS/, or just DATA/CLASS/, full of images.
+    DATA is a folder DATA/train/CLASS/ and DATA/val/CLASS/, or just DATA/CLASS/, full of images; or a URL of one, tar
+    shards, a list (.csv, .jsonl, .parquet), or hf:NAME.
 
     \b
     Example:

@@ -18,8 +18,9 @@ from featcache.cli.common import (
     print_json,
 )
 from featcache.config import ENGINES, FEATURES_FILE, ExtractConfig
+from featcache.errors import SettingsError
 from featcache.progress import format_bytes
-from featcache.shards import AUTO, is_one_of_several
+from featcache.shards import AUTO, Shard, is_one_of_several, parse_shard
 
 if TYPE_CHECKING:
     from featcache.stages.extract import Extraction
@@ -64,10 +65,14 @@ def command(data: str, output: str, as_json: bool, dry_run: bool, shard: str | N
     """
     from featcache.stages.extract import extract_features
 
+    one_of_several = shard or is_one_of_several(os.environ)
+    share = parse_shard(shard or AUTO, os.environ) if one_of_several else None
+    if share and settings["engine"] != ExtractConfig.engine:
+        raise SettingsError("--shard shares the work out by itself: expected it without --engine ray")
     if dry_run:
-        return print_forecast(data, output, as_json, settings)
-    if shard or is_one_of_several(os.environ):
-        return extract_share(data, output, as_json, shard or AUTO, settings)
+        return print_forecast(data, output, as_json, share, settings)
+    if share:
+        return extract_share(data, output, as_json, str(share), settings)
     return print_extraction(extract_features(data, output, progress=TerminalProgress(), **settings), as_json)
 
 
@@ -139,7 +144,7 @@ def extract_share(data: str, output: str, as_json: bool, shard: str, settings: d
     return LEFT_OUT if done.bad else DONE
 
 
-def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, Any]) -> int:
+def print_forecast(data: str, output: str, as_json: bool, share: Shard | None, settings: dict[str, Any]) -> int:
     """`featcache extract --dry-run`."""
     from featcache.stages.forecast import forecast_extraction
     from featcache.wording import format_seconds
@@ -159,6 +164,7 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
                 "seconds": forecast.seconds,
                 "bytes": forecast.bytes,
                 "extractor": plan.extractor,
+                "shard": [share.number, share.count] if share else None,
             }
         )
         return DONE
@@ -166,6 +172,9 @@ def print_forecast(data: str, output: str, as_json: bool, settings: dict[str, An
     click.echo(
         f"{plan.output}: {len(plan.listing):,} rows{views}, {len(plan.missing):,} to compute; nothing was written"
     )
+    if share:
+        mine = len(share.list_rows(len(plan.listing)))
+        click.echo(f"shard {share} has {mine:,} of the {len(plan.listing):,} images; what follows is of all shards")
     size = f"the file will be about {format_bytes(forecast.bytes)}"
     if rate := forecast.images_per_second:
         click.echo(f"about {format_seconds(forecast.seconds)} at {rate:.0f} images/s; {size}")

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.dataset.roots import Root, name_root
+from featcache.dataset.roots import Root, Source, name_root
 from featcache.dataset.texts import (
     BLOCK_TEXTS,
     MANY_TEXTS,
@@ -161,8 +161,8 @@ def agree_on_classes(found: dict[str, set[str]], root: Root) -> tuple[str, ...]:
     for name, classes in found.items():
         if missing := sorted(union - classes):
             raise DatasetError(
-                f"the splits of {root} have different classes: {name} lacks {', '.join(map(shorten, missing))}; expected the same "
-                f"classes in {', '.join(found)}"
+                f"the splits of {root} have different classes: {name} lacks {', '.join(map(shorten, missing))}; "
+                f"expected the same classes in {', '.join(found)}"
             )
     return tuple(sorted(union))
 
@@ -171,7 +171,8 @@ def check_classes_filled(labels: NDArray[np.int64], classes: Sequence[str], wher
     """Raise a DatasetError if a class has no image, or whatever `noun` is, in `labels` (N,)."""
     counts = np.bincount(labels, minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if count == 0]:
-        raise DatasetError(f"{where} has no {noun} of class {', '.join(map(shorten, empty))}; add {noun}s, or remove the class")
+        names = ", ".join(map(shorten, empty))
+        raise DatasetError(f"{where} has no {noun} of class {names}; add {noun}s, or remove the class")
 
 
 def name_sample(clips: bool) -> str:
@@ -239,14 +240,14 @@ def summarise(listing: Listing) -> list[str]:
     """What a person should know of a listing before it is worked on: counts, what was ignored, leakage."""
     counts = ", ".join(f"{len(split)} {name}" for name, split in listing.splits.items())
     noun, article = listing.noun, "a" if listing.clips else "an"
-    lines = [f"{listing.root}: {counts} {noun}s, {len(listing.classes)} classes"]
+    n = len(listing.classes)
+    lines = [f"{listing.root}: {counts} {noun}s, {n} class{'es' * (n != 1)}"]
     if listing.ignored:
         lines.append(f"ignored, not {article} {noun} in a class folder: {_name_some(listing.ignored)}")
     lines += list_doubts(listing)
     if len(listing.classes) == 1:
-        lines.append(
-            f"WARNING: only one class, {listing.classes[0]}; class folders are looked for directly in the data"
-        )
+        where = "; class folders are looked for directly in the data" if not isinstance(listing.root, Source) else ""
+        lines.append(f"WARNING: only one class, {listing.classes[0]}{where}")
     return lines
 
 

@@ -37,9 +37,9 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 MAX_LABEL = 1000  # characters of the name of a class
 MAX_PATH = 4096  # bytes of the path of a sample, as in file systems
 # What fsspec reads that is no place: the address itself is the data, or it leads to another one, or to this machine.
-NO_PLACES = frozenset(
-    "file local asynclocal data reference generic dir git dask zip tar libarchive cached blockcache filecache "
-    "simplecache async_wrapper asyncwrapper".split()
+NO_PLACES = (
+    *("file", "local", "asynclocal", "git", "data", "reference", "generic", "dir", "dask", "zip", "tar", "libarchive"),
+    *("cached", "blockcache", "filecache", "simplecache", "async_wrapper", "asyncwrapper"),
 )
 READERS = 32  # objects that are read at the same time from far away
 LOCAL_URL = re.compile(r"(file|local)://(?=/)")

@@ -189,6 +189,11 @@ def hash_samples(
         If a class of a split has no usable image.
     """
     splits, bad = hash_groups(samples, progress=progress, known=known, keep=keep)
+    if bad and not any(map(len, splits.values())):
+        raise DatasetError(
+            f"none of the {len(bad)} {samples.noun}s of {samples.root} can be read, such as "
+            f"{samples.root / bad[0].path}: {bad[0].reason}"
+        )
     if not samples.is_split:
         noun = name_sample(samples.clips)
         whole = splits.pop(WHOLE)

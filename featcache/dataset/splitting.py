@@ -61,9 +61,10 @@ def split_by_content(
     for label, name in enumerate(classes):
         members = np.flatnonzero(rows.labels == label)
         if len(members) < 2:
+            has = f"{len(members)} usable {noun}{'s' * (len(members) != 1)}"
             raise DatasetError(
-                f"class {shorten(name)} of {where} has {len(members)} usable {noun}: expected at least 2, one to train on and "
-                f"one to validate; add {noun}s"
+                f"class {shorten(name)} of {where} has {has}: expected at least 2, one to train on and one to "
+                f"validate; add {noun}s"
             )
         if not validation[members].any():
             validation[position == position[members].min()] = True

@@ -187,6 +187,10 @@ class OpenFile:
         self.descriptor, self.path = os.dup(descriptor), path
         weakref.finalize(self, os.close, self.descriptor)
 
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self.descriptor
+
     def read(self, size: int, offset: int) -> bytes:
         """So many bytes from `offset` on.
 

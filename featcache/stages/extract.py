@@ -390,7 +390,7 @@ def _say_plan(plan: Plan, config: ExtractConfig, progress: Progress) -> None:
         "replace": "old cache replaced",
     }[plan.decision]
     kept = sum(map(len, plan.parts))
-    going_on = f", {kept} rows of an earlier try" if kept else ""
+    going_on = f", {kept} rows in parts" if kept else ""
     progress.say(
         f"{describe_network(plan, config)}; {verb}{going_on}, {len(plan.missing)} images "
         f"{'and views ' if plan.views else ''}to compute"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featcache.cache import DigestTable, keep_bad, keep_done, open_cache, read_bad
+from featcache.cache import DigestTable, keep_bad, keep_done, list_parts, open_cache, read_bad
 from featcache.cluster import TRIES, Answer, Cluster, Prepared, Work, check_cluster, join_cluster, spread
 from featcache.config import ExtractConfig
 from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
@@ -30,7 +30,7 @@ from featcache.stages.compute import RowKeeper, find_paths, make_rows, prepare_r
 from featcache.stages.extract import Extraction, describe_network
 from featcache.stages.merge import assemble
 from featcache.stages.order import Order, find_rows, place_order, read_piece
-from featcache.stages.plan import Plan, Row, list_digests
+from featcache.stages.plan import Plan, Row, list_digests, say_kept
 from featcache.storage import Place
 
 if TYPE_CHECKING:
@@ -122,8 +122,12 @@ def run_order(order: Order, config: ExtractConfig, progress: Progress) -> Cluste
     run = ClusterRun(order, config)
     unit = "view" if plan.views else "img"
     total = order.count_rows(order.samples)
-    for _ in progress.track(run.run(items), total=total, done=done, what="extracting", unit=unit):
-        pass
+    try:
+        for _ in progress.track(run.run(items), total=total, done=done, what="extracting", unit=unit):
+            pass
+    except KeyboardInterrupt:
+        say_kept(replace(plan, parts=()), list_parts(plan.output, "rows", plan.key)[0], progress)
+        raise
     machine = {
         "device": str(plan.device),
         "runtime": run.runtime,
