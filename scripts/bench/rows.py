@@ -219,7 +219,7 @@ def run_step(job: Job, step: str) -> dict[str, Any]:
             raise SystemExit(f"{step} failed")
         out.seek(0)
         printed = json.load(out)
-    return {"printed": printed, "wall": time.perf_counter() - started, "peak": usage.ru_maxrss / 1000}
+    return {"printed": printed, "wall": time.perf_counter() - started, "peak": usage.ru_maxrss * 1024 / 1e6}
 
 
 @click.command()

@@ -173,7 +173,7 @@ def measure_plain(data: Path, backbone: str, weights: str, folder: Path) -> floa
     from featcache.stages.extract import extract_features
 
     done = extract_features(data, folder / "plain.h5", backbone=backbone, weights=weights)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     rate = done.computed / done.seconds
     print(f"plain: {done.computed} rows in {done.seconds:.1f} s, {rate:.1f} rows/s; peak memory {peak:.0f} MB")
     return rate
@@ -221,7 +221,7 @@ def measure_cluster(data: Path, backbone: str, weights: str, folder: Path) -> No
     merging = time.perf_counter()
     merged = merge_shards(folder / "ray.h5")
     merging = time.perf_counter() - merging
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     worker = (run.peak_memory_bytes or 0) / 1e6
     print(
         f"cluster: {run.computed} rows in {seconds:.1f} s, the first {n_first} after {first - started:.1f} s, then "
