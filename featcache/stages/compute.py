@@ -88,7 +88,7 @@ def compute_rows(plan: Plan, rows: Sequence[Row], config: ExtractConfig, progres
         raise
     finally:
         keeper.writer.flush()
-    return Computed(keeper.bad, keeper.writer.parts, execution.runtime)
+    return Computed(keeper.bad, keeper.writer.parts, execution.runtime, str(plan.device))
 
 
 def find_paths(listing: Listing, rows: Sequence[Row]) -> dict[str, list[str]]:

@@ -281,7 +281,7 @@ def _describe_origin(
         "settings": plan.list_settings(config),
         **add_up([*costs, meter.read()] if computed.runtime else costs).to_json(),
         "peak_memory_bytes": memory.read(),
-        "device": str(plan.device),
+        "device": computed.device,
         "runtime": computed.runtime,
         "environment": describe_environment(),
         "bad": [list(item) for item in listing.bad],

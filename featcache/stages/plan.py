@@ -154,11 +154,12 @@ class Plan:
 
 
 class Computed(NamedTuple):
-    """What came of computing: files that could not be used (with their copies), parts written, how."""
+    """What came of computing: files that could not be used (with their copies), parts written, how and where."""
 
     bad: list[BadImage]
     parts: list[Part]
     runtime: str = ""
+    device: str = ""
 
 
 def plan_extraction(

@@ -532,7 +532,7 @@ def world(
     monkeypatch: pytest.MonkeyPatch,
 ) -> World:
     """Settled files, as after a coffee: whoever trusts stats trusts them."""
-    monkeypatch.setattr(featcache.dataset, "RACY_NS", 20_000_000)
+    monkeypatch.setattr(featcache.dataset.hashing, "RACY_NS", 20_000_000)
     options = {"backbone": "tiny", "weights": "none", **HOW}
     return World(tmp_path, photos, tmp_path / "f.h5", options, monkeypatch)
 
