@@ -31,7 +31,7 @@ from featcache.extras import is_installed
 
 IN_A_NETWORK_OF_ITS_OWN = ["unshare", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 OBJECT_STORE = 150 << 20
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 480
 
 
 def can_run_alone() -> bool:
