@@ -279,16 +279,16 @@ def test_merge_twice_is_as_good_as_once(photos: Path, tmp_path: Path, tiny: type
 def test_a_copy_of_a_share_that_ends_after_the_merge_leaves_nothing(
     photos: Path, tmp_path: Path, tiny: type[TinyFamily], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, original = tmp_path / "f.h5", share.keep_done
+    output, original = tmp_path / "f.h5", share.finish_order
 
-    def be_overtaken(*arguments: Any) -> None:
-        monkeypatch.setattr(share, "keep_done", original)
+    def be_overtaken(*arguments: Any, **how: Any) -> None:
+        monkeypatch.setattr(share, "finish_order", original)
         faster = run_share(photos, output, "2/2")
         assert faster.extraction
-        original(*arguments)
+        original(*arguments, **how)
 
     run_share(photos, output, "1/2")
-    monkeypatch.setattr(share, "keep_done", be_overtaken)
+    monkeypatch.setattr(share, "finish_order", be_overtaken)
     slower = run_share(photos, output, "2/2")
     assert slower.computed == slower.rows == 9
     assert slower.extraction

@@ -15,6 +15,7 @@ from featcache.cache import (
     Job,
     describe_differences,
     drop_jobs,
+    keep_done,
     keep_files,
     keep_job,
     list_differences,
@@ -40,6 +41,7 @@ from featcache.dataset import (
 from featcache.errors import BadImage, CacheError, StaleCacheError
 from featcache.files import hash_bytes
 from featcache.progress import SILENT, Progress
+from featcache.runs import describe_environment
 from featcache.stages.plan import (
     Plan,
     Row,
@@ -273,6 +275,17 @@ def join_job(output: Place, job: Job, *, force: bool) -> None:
                 f"beside it with --force"
             )
     keep_job(output, job)
+
+
+def finish_order(order: Order, share: tuple[int, int], *, runtime: str, peak_memory_bytes: int | None) -> None:
+    """Write down that a share, (number, count), has come to its end, and what it was computed with."""
+    machine = {
+        "device": str(order.plan.device),
+        "runtime": runtime,
+        "peak_memory_bytes": peak_memory_bytes,
+        "environment": describe_environment(),
+    }
+    keep_done(order.plan.output, order.plan.key, order.names_sha256, share, machine)
 
 
 def read_job_config(job: Job, **settings: Any) -> ExtractConfig:

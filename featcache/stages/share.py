@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.cache import check_parts, keep_bad, keep_done, list_done, list_jobs, open_cache
+from featcache.cache import check_parts, keep_bad, list_done, list_jobs, open_cache
 from featcache.config import FEATURES_FILE, ExtractConfig
 from featcache.dataset import Source
 from featcache.errors import BadImage, BadImagesError, CacheError, OutputBusyError, UnfinishedError
 from featcache.metering import Meter, PeakMemory
 from featcache.progress import SILENT, Progress
 from featcache.recall import look_around
-from featcache.runs import describe_environment
 from featcache.shards import AUTO, Shard, parse_shard
 from featcache.stages.extract import Extraction, describe_network
 from featcache.stages.merge import merge_job
-from featcache.stages.order import Order, Piece, place_order, read_piece
+from featcache.stages.order import Order, Piece, finish_order, place_order, read_piece
 from featcache.stages.plan import Plan, remember_extractor, say_kept, take_backbone
 from featcache.storage import Place, check_writable, follow_link, locate
 
@@ -211,13 +210,7 @@ def _compute_share(
     finally:
         keeper.writer.flush()
     keep_bad(plan.output, plan.key, keeper.reasons)
-    machine = {
-        "device": str(plan.device),
-        "runtime": running.runtime,
-        "peak_memory_bytes": memory.read(),
-        "environment": describe_environment(),
-    }
-    keep_done(plan.output, plan.key, order.names_sha256, (share.number, share.count), machine)
+    finish_order(order, (share.number, share.count), runtime=running.runtime, peak_memory_bytes=memory.read())
     return total, keeper.n_rows, [*running.unreadable, *keeper.bad]
 
 

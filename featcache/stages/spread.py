@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from featcache.cache import DigestTable, keep_bad, keep_done, list_parts, open_cache, read_bad
+from featcache.cache import DigestTable, keep_bad, list_parts, open_cache, read_bad
 from featcache.cluster import TRIES, Answer, Cluster, Prepared, Work, check_cluster, join_cluster, spread
 from featcache.config import ExtractConfig
 from featcache.dataset import NOTHING_KNOWN, Samples, find_known_digests, hash_groups
@@ -25,11 +25,10 @@ from featcache.errors import BadImage, ClusterError, CrashedItemsError, DeviceEr
 from featcache.images import DecodedRows, make_pixel_transform
 from featcache.metering import Meter, PeakMemory
 from featcache.progress import Progress
-from featcache.runs import describe_environment
 from featcache.stages.compute import RowKeeper, find_paths, make_rows, prepare_rows
 from featcache.stages.extract import Extraction, describe_network
 from featcache.stages.merge import assemble
-from featcache.stages.order import Order, find_rows, place_order, read_piece
+from featcache.stages.order import Order, find_rows, finish_order, place_order, read_piece
 from featcache.stages.plan import Plan, Row, list_digests, say_kept
 from featcache.storage import Place
 
@@ -79,8 +78,9 @@ def extract_on_cluster(
         device = choose_device(config, cluster)
         order = place_order(data, output, config, progress, given, device=device)
         progress.say(f"{describe_network(order.plan, config)}; Ray: {cluster}")
+        computed = 0
         for attempt in range(ROUNDS):
-            run = run_order(order, config, progress)
+            computed += run_order(order, config, progress).computed
             try:
                 extraction = assemble(order.job, output, config, progress, meter, memory, data=data)
             except UnfinishedError:  # files have changed meanwhile
@@ -89,7 +89,7 @@ def extract_on_cluster(
                 config = replace(config, rehash=True)  # or what was reused is damaged
                 order = place_order(data, output, config, progress, given, device=device)
             else:
-                return replace(extraction, computed=run.computed)
+                return replace(extraction, computed=computed)
     raise AssertionError
 
 
@@ -128,13 +128,8 @@ def run_order(order: Order, config: ExtractConfig, progress: Progress) -> Cluste
     except KeyboardInterrupt:
         say_kept(replace(plan, parts=()), list_parts(plan.output, "rows", plan.key)[0], progress)
         raise
-    machine = {
-        "device": str(plan.device),
-        "runtime": run.runtime,
-        "peak_memory_bytes": max(filter(None, (run.peak_memory_bytes, memory.read())), default=None),
-        "environment": describe_environment(),
-    }
-    keep_done(plan.output, plan.key, order.names_sha256, (1, 1), machine)
+    peak = max(filter(None, (run.peak_memory_bytes, memory.read())), default=None)
+    finish_order(order, (1, 1), runtime=run.runtime, peak_memory_bytes=peak)
     return run
 
 
